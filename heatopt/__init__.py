@@ -1,0 +1,94 @@
+"""Data-parallel training with any PyTorch optimizer: MPI, NCCL and gloo, from a laptop to a cluster, in one line.
+
+>>> optimizer = heatopt.DataParallelOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), model=model)
+
+Beside its own names the package has every public name of :mod:`torch.optim`, the very objects.
+"""
+
+from __future__ import annotations
+
+import torch.optim as _torch_optim
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Muon,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+    swa_utils,
+)
+
+from heatopt import comm, errors, lr_scheduler
+from heatopt.comm import Communicator, world
+from heatopt.errors import (
+    CheckpointError,
+    CollectiveTimeoutError,
+    HeatoptError,
+    RankFailedError,
+    RankMismatchError,
+)
+from heatopt.optim import (
+    DataParallelOptimizer,
+    GradScaler,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+    sync_buffers,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASGD",
+    "LBFGS",
+    "SGD",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "CheckpointError",
+    "CollectiveTimeoutError",
+    "Communicator",
+    "DataParallelOptimizer",
+    "GradScaler",
+    "HeatoptError",
+    "Muon",
+    "NAdam",
+    "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "RankFailedError",
+    "RankMismatchError",
+    "Rprop",
+    "SparseAdam",
+    "__version__",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "comm",
+    "errors",
+    "lr_scheduler",
+    "swa_utils",
+    "sync_buffers",
+    "world",
+]
+
+# What a newer torch has beside these; `lr_scheduler` is heatopt's own.
+for _name in _torch_optim.__all__:
+    if _name not in __all__:
+        globals()[_name] = getattr(_torch_optim, _name)
+        __all__ += [_name]  # noqa: PLE0604  (names, as torch lists them)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""Where a parameter's gradient lives in a flat buffer: the plan (pure) and the memory. No communication."""
+
+from __future__ import annotations
+
+from heatopt.buckets._bucket import Bucket
+from heatopt.buckets._layout import BucketPlan, ParameterSpec, Slot, plan_buckets
+
+__all__ = ["Bucket", "BucketPlan", "ParameterSpec", "Slot", "plan_buckets"]

@@ -1,0 +1,49 @@
+"""Who talks to whom: communicators of one process, of MPI, of torch.distributed and of threads.
+
+Only this package imports mpi4py and torch.distributed, and each only when a communicator of that kind is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from heatopt.comm._communicator import Communicator, NodeGroups
+from heatopt.comm._launch import world
+from heatopt.comm._settings import check_timeout
+from heatopt.comm._single import SingleCommunicator
+from heatopt.comm._threads import ThreadCommunicator, ThreadWorld
+from heatopt.comm._topology import Topology
+from heatopt.comm._work import Work
+
+if TYPE_CHECKING:
+    from heatopt.comm._mpi import MPICommunicator
+    from heatopt.comm._torch import TorchCommunicator, rendezvous_store
+
+__all__ = [
+    "Communicator",
+    "MPICommunicator",
+    "NodeGroups",
+    "SingleCommunicator",
+    "ThreadCommunicator",
+    "ThreadWorld",
+    "Topology",
+    "TorchCommunicator",
+    "Work",
+    "check_timeout",
+    "rendezvous_store",
+    "world",
+]
+
+# Importing mpi4py.MPI starts MPI, so these modules are loaded at the first use of their names.
+_ON_DEMAND = {
+    "MPICommunicator": "heatopt.comm._mpi",
+    "TorchCommunicator": "heatopt.comm._torch",
+    "rendezvous_store": "heatopt.comm._torch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_DEMAND:
+        return getattr(importlib.import_module(_ON_DEMAND[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,341 @@
+"""The interface through which ranks meet. It knows tensors, not parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from heatopt.comm import _collectives as collectives
+from heatopt.comm._topology import Topology
+from heatopt.comm._work import Request, Steps, Work, WorkQueue
+from heatopt.errors import RankMismatchError
+
+__all__ = ["Communicator", "NodeGroups"]
+
+T = TypeVar("T")
+Words = npt.NDArray[np.int64]
+
+
+class NodeGroups(NamedTuple):
+    """The two communicators of :meth:`Communicator.by_node`."""
+
+    within: Communicator
+    """The ranks of this node."""
+    across: Communicator
+    """The ranks that have this rank's ``node_rank`` on their node, one per node that has as many ranks."""
+
+
+class Communicator(ABC):
+    """A group of ranks that work together.
+
+    Every method that exchanges data is collective: all ranks of the group call it, in the same order, with tensors
+    of the same shape and dtype; a disagreement raises :class:`~heatopt.errors.RankMismatchError` on all ranks.
+    Tensors may have any of the dtypes bool, uint8, int8, int16, int32, int64, float16, bfloat16, float32, float64,
+    complex64 and complex128, any shape (0-dim and empty included) and any strides, on the CPU or a GPU.
+
+    Sums are formed in rank order, at least in single precision, and rounded once; all ranks receive the same bits.
+    """
+
+    def __init__(self, rank: int, topology: Topology, timeout: float) -> None:
+        self.rank = rank
+        """This process's number in the group, 0 <= rank < size."""
+        self.size = len(topology.node_of)
+        """Number of ranks in the group."""
+        self.timeout = timeout
+        """Seconds after which a waiting collective gives up, naming the late ranks; ``inf``: never."""
+        self._topology = topology
+        self._queue = WorkQueue(self._waiting)
+
+    # Topology
+
+    @property
+    def node_rank(self) -> int:
+        """This rank's number among the ranks of its node."""
+        return self._topology.node_rank(self.rank)
+
+    @property
+    def node_size(self) -> int:
+        """Number of ranks on this node."""
+        return self._topology.node_size(self.rank)
+
+    @property
+    def node_index(self) -> int:
+        """Number of this rank's node, 0 <= node_index < num_nodes."""
+        return self._topology.node_index(self.rank)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes; ranks share a node if they share its memory (``HEATOPT_RANKS_PER_NODE`` overrides)."""
+        return self._topology.num_nodes
+
+    # Collectives on tensors
+
+    def allreduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce ``tensor`` over all ranks, in place, and return it.
+
+        Args:
+            tensor: any shape; the same shape and dtype on all ranks.
+            op: "sum", "mean", "max" or "min". The sum of bools is "or".
+
+        Raises:
+            TypeError: the dtype cannot be reduced, or it is the mean of integers, or an order of complex numbers.
+            ValueError: unknown ``op``.
+            RankMismatchError: ranks differ in op, shape or dtype.
+        """
+        return self._queue.run(self._allreduce(tensor, op, blocking=True), "allreduce")
+
+    def allreduce_async(self, tensor: torch.Tensor, op: str = "sum") -> Work[torch.Tensor]:
+        """Launch :meth:`allreduce`; ``tensor`` must not be touched before the handle's ``wait()`` returns it."""
+        return self._queue.launch(self._allreduce(tensor, op, blocking=False), "allreduce")
+
+    def reduce_scatter(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce ``tensor`` over all ranks and return this rank's slice of the first dimension.
+
+        Args:
+            tensor: its first dimension is divisible by ``size``; not changed.
+            op: as in :meth:`allreduce`.
+
+        Returns:
+            A new tensor of shape ``(tensor.shape[0] // size, *tensor.shape[1:])``.
+        """
+        return self._queue.run(self._reduce_scatter(tensor, op, blocking=True), "reduce_scatter")
+
+    def reduce_scatter_async(self, tensor: torch.Tensor, op: str = "sum") -> Work[torch.Tensor]:
+        """Launch :meth:`reduce_scatter`."""
+        return self._queue.launch(self._reduce_scatter(tensor, op, blocking=False), "reduce_scatter")
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the tensors of all ranks, in rank order, as new tensors."""
+        return self._queue.run(self._gather_all(tensor, blocking=True), "all_gather")
+
+    def all_gather_async(self, tensor: torch.Tensor) -> Work[list[torch.Tensor]]:
+        """Launch :meth:`all_gather`."""
+        return self._queue.launch(self._gather_all(tensor, blocking=False), "all_gather")
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """Overwrite ``tensor`` with that of rank ``root``, in place, and return it."""
+        return self._queue.run(self._broadcast_any(tensor, root, blocking=True), "broadcast")
+
+    def broadcast_async(self, tensor: torch.Tensor, root: int = 0) -> Work[torch.Tensor]:
+        """Launch :meth:`broadcast`."""
+        return self._queue.launch(self._broadcast_any(tensor, root, blocking=False), "broadcast")
+
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+        self._agree("barrier", "barrier()")
+
+    # Collectives on Python objects
+
+    def all_gather_object(self, obj: T) -> list[T]:
+        """Return the objects of all ranks, in rank order. They travel by pickle."""
+        self._agree("all_gather_object", "all_gather_object()")
+        return self.exchange_objects(obj)
+
+    def broadcast_object(self, obj: T, root: int = 0) -> T:
+        """Return the object of rank ``root``. It travels by pickle."""
+        self.check_root(root)
+        self._agree(f"broadcast_object from {root}", f"broadcast_object(root={root})")
+        # The others send nothing; one exchange keeps every backend to a single kind of object traffic.
+        return self.exchange_objects(obj if self.rank == root else None)[root]  # type: ignore[return-value]
+
+    # Groups
+
+    def split(self, color: int | None, key: int = 0) -> Communicator:
+        """Return the group of the ranks that passed the same ``color``, ordered by ``(key, rank)``.
+
+        A rank that passes ``None`` gets a group of its own.
+        """
+        if color is not None and (isinstance(color, bool) or not isinstance(color, int)):
+            raise TypeError(f"color must be an int or None, got {color!r}")
+        self._agree("split", "split()")
+        wishes = self.exchange_objects((color, key))
+        groups: dict[object, list[int]] = {}
+        for rank, (wish, _) in enumerate(wishes):
+            groups.setdefault(("alone", rank) if wish is None else ("color", wish), []).append(rank)
+        return self._subgroups([sorted(group, key=lambda r: (wishes[r][1], r)) for group in groups.values()])
+
+    def by_node(self) -> NodeGroups:
+        """Return the group of this node's ranks and the group of the ranks with this ``node_rank`` on all nodes."""
+        return NodeGroups(self.split(self.node_index, self.rank), self.split(self.node_rank, self.node_index))
+
+    def duplicate(self) -> Communicator:
+        """Return a communicator of the same ranks whose traffic never meets this one's. Collective."""
+        return self._subgroups([list(range(self.size))])
+
+    def close(self) -> None:
+        """Complete what is in flight and free the group's resources. Collective; the default does the former."""
+        self._queue.drain()
+
+    @abstractmethod
+    def abort(self, message: str, code: int = 1) -> NoReturn:
+        """End the job on all ranks with ``message`` on stderr and a non-zero exit code."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+        return self  # A copy of whatever holds a communicator talks to the same ranks.
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a communicator belongs to its process and cannot be pickled; call heatopt.world() in the other one")
+
+    # What the layers above use: no agreement check, since their plans are fingerprinted.
+
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Zeroed, contiguous memory for a bucket of ``numel`` elements, from where reductions are fastest."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    def reduce_bucket(self, flat: torch.Tensor, divisor: int, blocking: bool, what: str) -> Work[None] | None:
+        """Sum the contiguous ``flat`` over ranks and divide by ``divisor``, in place; ``None`` once completed."""
+        steps = collectives.reduce_flat(self, flat, "sum", divisor, blocking)
+        if blocking:
+            self._queue.run(steps, what)
+            return None
+        return self._queue.launch(steps, what)
+
+    def gather_rows(self, flat: torch.Tensor, what: str) -> torch.Tensor:
+        """Return the contiguous ``flat``, of equal length everywhere, of every rank as ranks x elements."""
+        return self._queue.run(collectives.all_gather(self, flat, True), what)
+
+    def broadcast_bytes(self, flat: torch.Tensor, root: int, what: str) -> None:
+        """Overwrite the contiguous ``flat`` with that of ``root``."""
+        self._queue.run(collectives.broadcast(self, flat, root, True), what)
+
+    def exchange_words(self, words: Words, what: str) -> Words:
+        """Return the 64-bit integers of every rank, as an array of ranks x words. The fastest agreement there is."""
+        with self._waiting(what):
+            return self._exchange_words(words)
+
+    def agree_on(self, described: object, call: str) -> None:
+        """Raise RankMismatchError on all ranks unless all pass the same, comparable and printable, object."""
+        self._agree(f"{call} {described!r}", f"{call} with {described!r}")
+
+    def exchange_objects(self, obj: T, what: str = "exchange of objects") -> list[T]:
+        """Return the objects of every rank."""
+        self._queue.drain()
+        with self._waiting(what):
+            return self._exchange_objects(obj)
+
+    # Primitives of a backend. Tensors are contiguous and on a device that `_to_wire` returned; lanes order traffic.
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Surround each wait, so that a backend can watch over it."""
+        yield
+
+    def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return ``flat`` itself, or a copy of it where the backend can reach it."""
+        return flat
+
+    def _has_native_sum(self, dtype: torch.dtype) -> bool:
+        """True if :meth:`_native_sum` gives the bits of a sum in rank order for ``dtype``."""
+        return False
+
+    def _native_sum(self, flat: torch.Tensor, blocking: bool) -> Request:
+        raise NotImplementedError
+
+    @abstractmethod
+    def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        """Send the r-th of ``size`` equal parts of ``send`` to rank r."""
+
+    @abstractmethod
+    def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        """Fill ``receive`` with the ``send`` of all ranks, in rank order."""
+
+    @abstractmethod
+    def _broadcast(self, flat: torch.Tensor, root: int, blocking: bool) -> Request:
+        """Fill ``flat`` with that of ``root``."""
+
+    @abstractmethod
+    def _exchange_words(self, words: Words) -> Words: ...
+
+    @abstractmethod
+    def _exchange_objects(self, obj: T) -> list[T]: ...
+
+    @abstractmethod
+    def _subgroups(self, groups: list[list[int]]) -> Communicator:
+        """Make a communicator of each group (disjoint, covering all ranks) and return this rank's."""
+
+    # Shared parts of the public collectives
+
+    def _allreduce(self, tensor: torch.Tensor, op: str, blocking: bool) -> Steps[torch.Tensor]:
+        self._check_reduction(tensor, op)
+        self._agree_on_tensor(f"allreduce {op}", tensor)
+        target = tensor.detach()
+        flat = target.contiguous().view(-1)
+        yield from collectives.reduce_flat(self, flat, op, self.size if op == "mean" else 1, blocking)
+        if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
+            target.copy_(flat.view(target.shape))
+        return tensor
+
+    def _reduce_scatter(self, tensor: torch.Tensor, op: str, blocking: bool) -> Steps[torch.Tensor]:
+        self._check_reduction(tensor, op)
+        if tensor.dim() == 0 or tensor.shape[0] % self.size:
+            raise ValueError(
+                f"reduce_scatter needs a first dimension divisible by the number of ranks ({self.size}), "
+                f"got shape {tuple(tensor.shape)}; pad the tensor"
+            )
+        self._agree_on_tensor(f"reduce_scatter {op}", tensor)
+        shape = (tensor.shape[0] // self.size, *tensor.shape[1:])
+        rows = tensor.detach().contiguous().view(self.size, -1) if tensor.numel() else tensor.detach().reshape(self.size, 0)
+        divisor = self.size if op == "mean" else 1
+        own = yield from collectives.reduce_scatter_rows(self, rows, op, divisor, blocking)
+        return own.view(shape)
+
+    def _gather_all(self, tensor: torch.Tensor, blocking: bool) -> Steps[list[torch.Tensor]]:
+        self._agree_on_tensor("all_gather", tensor)
+        flat = tensor.detach().contiguous().view(-1)
+        gathered = yield from collectives.all_gather(self, flat, blocking)
+        return [row.view(tensor.shape) for row in gathered.unbind(0)]
+
+    def _broadcast_any(self, tensor: torch.Tensor, root: int, blocking: bool) -> Steps[torch.Tensor]:
+        self.check_root(root)
+        self._agree_on_tensor(f"broadcast from {root}", tensor)
+        target = tensor.detach()
+        flat = target.contiguous().view(-1)
+        yield from collectives.broadcast(self, flat, root, blocking)
+        if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
+            target.copy_(flat.view(target.shape))
+        return tensor
+
+    def check_root(self, root: int) -> None:
+        """Raise ValueError unless ``root`` is a rank."""
+        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
+            raise ValueError(f"root must be a rank, 0 <= root < {self.size}, got {root!r}")
+
+    @staticmethod
+    def _check_reduction(tensor: torch.Tensor, op: str) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"expected a torch.Tensor, got {type(tensor).__name__}")
+        if op not in collectives.REDUCE_OPS:
+            raise ValueError(f"op must be one of {collectives.REDUCE_OPS}, got {op!r}")
+        if tensor.layout != torch.strided or tensor.dtype not in collectives.REDUCIBLE:
+            raise TypeError(f"cannot reduce a tensor of layout {tensor.layout} and dtype {tensor.dtype}; convert it first")
+        if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"the mean of {tensor.dtype} is not of that dtype; convert the tensor to a floating dtype first")
+        if op in ("max", "min") and tensor.is_complex():
+            raise TypeError(f"complex numbers have no {op}; reduce tensor.abs() instead")
+
+    def _agree_on_tensor(self, call: str, tensor: torch.Tensor) -> None:
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{call} needs a dense tensor, got layout {tensor.layout}")
+        described = f"{call}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device.type}"
+        self._agree(described, described)
+
+    def _agree(self, signature: str, described: str) -> None:
+        """Raise on all ranks unless all make the same call with the same kind of argument."""
+        digest = hashlib.blake2b(signature.encode(), digest_size=8).digest()
+        words = np.frombuffer(digest, dtype=np.int64).copy()
+        rows = self.exchange_words(words, described)
+        if (rows == words).all():
+            return
+        calls = self.exchange_objects(described, "comparison of calls")
+        other = next(rank for rank, call in enumerate(calls) if call != calls[0])
+        raise RankMismatchError(
+            f"ranks make different collective calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}; "
+            "every rank must make the same calls in the same order"
+        )

@@ -1,0 +1,34 @@
+"""One rank's failure ends the job: what a process does when its program ends, well or badly."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+__all__ = ["end_job_on_exception", "end_job_on_exit"]
+
+_installed = False
+
+
+def end_job_on_exception(rank: int, end_job: Callable[[str], None]) -> None:
+    """Make an uncaught exception end all ranks, after its traceback has been printed. Installed once."""
+    global _installed  # the hook belongs to the process, as sys.excepthook does
+    if _installed:
+        return
+    _installed = True
+    previous = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        previous(kind, error, trace)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        end_job(f"rank {rank} failed with {kind.__name__}: {error}; ending the job on all ranks")
+
+    sys.excepthook = excepthook
+
+
+def end_job_on_exit(leave: Callable[[], None]) -> None:
+    """Tell the other ranks when this process's program ends, so that none waits for it."""
+    atexit.register(leave)

@@ -1,0 +1,51 @@
+"""Settings that come from the environment, checked once with messages that name the variable."""
+
+from __future__ import annotations
+
+import math
+import os
+
+__all__ = ["DEFAULT_TIMEOUT", "check_timeout", "default_timeout", "ranks_per_node"]
+
+DEFAULT_TIMEOUT = 600.0
+
+
+def check_timeout(value: object, name: str = "timeout") -> float:
+    """Return ``value`` as seconds; 0 means no time-out (``math.inf``).
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is negative or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, got {value!r} of type {type(value).__name__}")
+    seconds = float(value)
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"{name} must be >= 0 seconds (0: no time-out), got {value!r}")
+    return seconds if seconds > 0 else math.inf
+
+
+def default_timeout() -> float:
+    """Seconds after which a waiting collective ends the job: ``HEATOPT_TIMEOUT`` or 600."""
+    text = os.environ.get("HEATOPT_TIMEOUT")
+    if text is None or not text.strip():
+        return DEFAULT_TIMEOUT
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"environment variable HEATOPT_TIMEOUT must be a number of seconds, got {text!r}") from None
+    return check_timeout(seconds, "environment variable HEATOPT_TIMEOUT")
+
+
+def ranks_per_node() -> int | None:
+    """Value of ``HEATOPT_RANKS_PER_NODE``, which overrides the detected grouping of ranks into nodes."""
+    text = os.environ.get("HEATOPT_RANKS_PER_NODE")
+    if text is None or not text.strip():
+        return None
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"environment variable HEATOPT_RANKS_PER_NODE must be an integer >= 1, got {text!r}")
+    return count

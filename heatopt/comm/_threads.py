@@ -1,0 +1,212 @@
+"""Ranks as threads of one process: the whole package in milliseconds, without a launcher, for tests."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+
+from heatopt.comm._communicator import Communicator, Words
+from heatopt.comm._topology import Topology
+from heatopt.comm._work import Request
+from heatopt.errors import CollectiveTimeoutError, RankFailedError, RankMismatchError
+
+__all__ = ["Event", "ThreadCommunicator", "ThreadWorld"]
+
+T = TypeVar("T")
+
+
+class Event(NamedTuple):
+    """One operation that one rank started; ``ThreadWorld.events`` lists them in the order of the starts."""
+
+    rank: int
+    kind: str
+    """"all_to_all", "all_gather", "broadcast", "words" or "objects"."""
+    channel: str
+    bytes: int
+    """Size of what the rank passed in; 0 for objects."""
+
+
+@dataclass
+class _Deposit:
+    kind: str
+    nbytes: int
+    value: Any
+
+
+class ThreadWorld:
+    """Runs a function on ``size`` threads, each of which is a rank.
+
+    Args:
+        size: number of ranks.
+        timeout: seconds after which a waiting rank raises :class:`~heatopt.errors.CollectiveTimeoutError`.
+        ranks_per_node: grouping into virtual nodes; default: all on one (or ``HEATOPT_RANKS_PER_NODE``).
+
+    Example:
+        >>> ThreadWorld(2).run(lambda comm: comm.allreduce(torch.tensor(comm.rank + 1)).item())
+        [3, 3]
+    """
+
+    def __init__(self, size: int, timeout: float = 30.0, ranks_per_node: int | None = None) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size must be an integer >= 1, got {size!r}")
+        self.size = size
+        self.timeout = timeout
+        self.events: list[Event] = []
+        self._topology = Topology.from_keys([rank // (ranks_per_node or size) for rank in range(size)])
+        self._changed = threading.Condition()
+        self._deposits: dict[tuple[str, int], dict[int, _Deposit]] = {}
+        self._gone: dict[int, str] = {}
+
+    def run(self, function: Callable[..., T], *arguments: object) -> list[T]:
+        """Return ``[function(comm of rank 0, *arguments), ...]``.
+
+        Raises:
+            BaseException: what the first failing rank raised; the other ranks are released first.
+        """
+        results: list[Any] = [None] * self.size
+        failures: list[tuple[int, BaseException]] = []
+
+        def body(rank: int) -> None:
+            comm = ThreadCommunicator(self, "world", tuple(range(self.size)), rank, self._topology)
+            reason = "has finished"
+            try:
+                results[rank] = function(comm, *arguments)
+            except BaseException as error:
+                failures.append((rank, error))
+                reason = f"failed with {type(error).__name__}: {error}"
+            with self._changed:
+                self._gone[rank] = reason
+                self._changed.notify_all()
+
+        threads = [threading.Thread(target=body, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            # The first failure is the cause; what the released ranks raise afterwards follows from it.
+            raise failures[0][1]
+        return results
+
+    def _deposit(self, key: tuple[str, int], rank: int, deposit: _Deposit, event: Event) -> None:
+        with self._changed:
+            self._deposits.setdefault(key, {})[rank] = deposit
+            self.events.append(event)
+            self._changed.notify_all()
+
+    def _complete(self, key: tuple[str, int], members: tuple[int, ...]) -> bool:
+        with self._changed:
+            return len(self._deposits.get(key, ())) == len(members)
+
+    def _collect(self, key: tuple[str, int], members: tuple[int, ...], timeout: float, rank: int) -> list[Any]:
+        """Wait until every member has deposited and return the values in member order."""
+        deadline = time.monotonic() + min(timeout, threading.TIMEOUT_MAX / 2)
+        with self._changed:
+            while True:
+                there = self._deposits.get(key, {})
+                missing = [member for member in members if member not in there]
+                if not missing:
+                    break
+                gone = [member for member in missing if member in self._gone]
+                if gone:
+                    raise RankFailedError(f"rank {rank} waits for rank {gone[0]}, which {self._gone[gone[0]]}")
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
+                    what = there[rank].kind
+                    raise CollectiveTimeoutError(f"rank {rank} waited {timeout:g} s in {what}; late: ranks {missing}")
+            deposits = [there[member] for member in members]
+        first = deposits[0]
+        for member, deposit in zip(members, deposits, strict=True):
+            if (deposit.kind, deposit.nbytes) != (first.kind, first.nbytes):
+                raise RankMismatchError(
+                    f"rank {members[0]} calls {first.kind} of {first.nbytes} bytes, "
+                    f"rank {member} calls {deposit.kind} of {deposit.nbytes} bytes"
+                )
+        return [deposit.value for deposit in deposits]
+
+
+class _ThreadRequest(Request):
+    def __init__(self, comm: ThreadCommunicator, key: tuple[str, int], receive: Callable[[list[Any]], None]) -> None:
+        self._comm = comm
+        self._key = key
+        self._receive: Callable[[list[Any]], None] | None = receive
+
+    def done(self) -> bool:
+        if self._receive is not None and self._comm._world._complete(self._key, self._comm._members):
+            self.wait()
+        return self._receive is None
+
+    def wait(self) -> None:
+        if self._receive is not None:
+            comm = self._comm
+            receive, self._receive = self._receive, None
+            receive(comm._world._collect(self._key, comm._members, comm.timeout, comm._members[comm.rank]))
+
+
+class ThreadCommunicator(Communicator):
+    """One thread's communicator; made by :class:`ThreadWorld`."""
+
+    def __init__(self, world: ThreadWorld, name: str, members: tuple[int, ...], rank: int, topology: Topology) -> None:
+        super().__init__(rank, topology, world.timeout)
+        self._world = world
+        self._name = name
+        self._members = members
+        self._children = 0
+        self._started: dict[str, int] = {}
+
+    def abort(self, message: str, code: int = 1) -> NoReturn:
+        raise RankFailedError(message)
+
+    def _start(self, kind: str, channel: str, nbytes: int, value: Any, receive: Callable[[list[Any]], None]) -> Request:
+        channel = f"{self._name}/{channel}"
+        number = self._started.get(channel, 0)
+        self._started[channel] = number + 1
+        rank = self._members[self.rank]
+        self._world._deposit((channel, number), rank, _Deposit(kind, nbytes, value), Event(rank, kind, channel, nbytes))
+        return _ThreadRequest(self, (channel, number), receive)
+
+    def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        def take(values: list[torch.Tensor]) -> None:
+            receive.view(self.size, -1).copy_(torch.stack([value.view(self.size, -1)[self.rank] for value in values]))
+
+        return self._start("all_to_all", f"lane{lane}", send.nbytes, send.clone(), take)
+
+    def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        def take(values: list[torch.Tensor]) -> None:
+            receive.view(self.size, -1).copy_(torch.stack([value.view(-1) for value in values]))
+
+        return self._start("all_gather", f"lane{lane}", send.nbytes, send.clone(), take)
+
+    def _broadcast(self, flat: torch.Tensor, root: int, blocking: bool) -> Request:
+        def take(values: list[torch.Tensor]) -> None:
+            flat.copy_(values[root])
+
+        return self._start("broadcast", "lane0", flat.nbytes, flat.clone(), take)
+
+    def _exchange_words(self, words: Words) -> Words:
+        received = words.repeat(self.size).reshape(words.size, self.size).T.copy()
+
+        def take(values: list[Words]) -> None:
+            received[:] = values
+
+        self._start("words", "lane0", words.nbytes, words.copy(), take).wait()
+        return received
+
+    def _exchange_objects(self, obj: T) -> list[T]:
+        received: list[Any] = []
+        self._start("objects", "lane0", 0, pickle.dumps(obj), received.extend).wait()
+        return [pickle.loads(data) for data in received]
+
+    def _subgroups(self, groups: list[list[int]]) -> Communicator:
+        self._children += 1
+        color = next(index for index, group in enumerate(groups) if self.rank in group)
+        group = groups[color]
+        name = f"{self._name}.{self._children}.{color}"
+        members = tuple(self._members[rank] for rank in group)
+        topology = Topology.from_keys([self._topology.node_of[rank] for rank in group])
+        return ThreadCommunicator(self._world, name, members, group.index(self.rank), topology)

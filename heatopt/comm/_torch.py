@@ -1,0 +1,259 @@
+"""torch.distributed's gloo and NCCL, as process groups of our own: the default group stays the user's."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from heatopt.comm._communicator import Communicator, Words
+from heatopt.comm._exit import end_job_on_exception, end_job_on_exit
+from heatopt.comm._settings import default_timeout
+from heatopt.comm._topology import Topology
+from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
+from heatopt.comm._work import COMPLETED, Request
+from heatopt.errors import RankFailedError
+
+__all__ = ["TorchCommunicator", "rendezvous_store"]
+
+T = TypeVar("T")
+
+# The watchdog gives up first, because it knows names; gloo's own time-out is a second line.
+_GLOO_GRACE = 60.0
+_YEAR = 365 * 86400.0
+# Gloo notices a closed connection at once, the reason arrives on the bulletin a moment later.
+_NEWS_SECONDS = 2.0
+
+
+class _TorchRequest(Request):
+    def __init__(self, work: Any, comm: TorchCommunicator, *buffers: torch.Tensor) -> None:
+        self._work = work
+        self._comm = comm
+        self._buffers = buffers
+
+    def done(self) -> bool:
+        return bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        with self._comm._named_failures():
+            self._work.wait()
+
+
+class _StoreBulletin(Bulletin):
+    """A log of posts in the group's key-value store."""
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self._store = dist.PrefixStore("heatopt/bulletin", store)
+        self._rank = rank
+        self._read = 0
+
+    def post(self, snapshot: Snapshot) -> None:
+        number = self._store.add("posts", 1)
+        self._store.set(f"post/{number}", pickle.dumps(snapshot))  # type: ignore[arg-type]  # bytes are accepted
+
+    def poll(self) -> list[Snapshot]:
+        count = self._store.add("posts", 0)
+        posts = [pickle.loads(self._store.get(f"post/{number}")) for number in range(self._read + 1, count + 1)]
+        self._read = count
+        return [post for post in posts if post.rank != self._rank]
+
+
+class TorchCommunicator(Communicator):
+    """Ranks that share a :class:`torch.distributed.Store`: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    CUDA tensors travel through host memory and gloo where NCCL cannot be used.
+
+    Args:
+        store: key-value store that all ranks reach; default: that of the initialised default process group.
+        rank, size: this process's number and the number of processes; default: those of the default process group.
+        timeout: seconds; default ``HEATOPT_TIMEOUT`` or 600.
+        nccl: use NCCL for CUDA tensors; default: if the default group does, or a GPU is there for each rank of a node.
+
+    Raises:
+        ValueError: neither a store nor an initialised default process group.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store | None = None,
+        rank: int | None = None,
+        size: int | None = None,
+        *,
+        timeout: float | None = None,
+        nccl: bool | None = None,
+    ) -> None:
+        if store is None:
+            if not dist.is_initialized():
+                raise ValueError("TorchCommunicator needs a store with rank and size, or an initialised default process group")
+            store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+            nccl = "nccl" in dist.get_backend() if nccl is None else nccl
+        if rank is None or size is None:
+            raise ValueError("TorchCommunicator needs rank and size with a store")
+        timeout = default_timeout() if timeout is None else timeout
+        self._nccl_wanted = nccl
+        self._open(store, "world", tuple(range(size)), rank, timeout, None)
+
+    def _open(
+        self, store: dist.Store, name: str, members: tuple[int, ...], rank: int, timeout: float, dog: Watchdog | None
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._members = members
+        self._children = 0
+        self._nccl_lanes: tuple[Any, Any] | None = None
+        self._watchdog = dog
+        self._world_rank = members[rank]
+        limit = timedelta(seconds=min(timeout + _GLOO_GRACE, _YEAR))
+        self._lanes = tuple(
+            dist.ProcessGroupGloo(dist.PrefixStore(f"heatopt/{name}/{lane}", store), rank, len(members), limit)
+            for lane in (0, 1)
+        )
+        super().__init__(rank, Topology((0,) * len(members)), timeout)
+        hosts = self._exchange_objects(socket.gethostname())
+        self._topology = Topology.from_keys(hosts)
+        if dog is None and self.size > 1:
+            # A connection of the watchdog's own: the main thread may block in the store.
+            own = store.clone() if hasattr(store, "clone") else store
+            self._watchdog = Watchdog(rank, self.size, _StoreBulletin(own, rank), self._end_job)
+            end_job_on_exit(self._watchdog.leave)
+            end_job_on_exception(rank, self._end_job)
+
+    def abort(self, message: str, code: int = 1) -> NoReturn:
+        sys.stderr.write(f"heatopt: {message}\n")
+        sys.stderr.flush()
+        os._exit(code)  # the launcher (torchrun) ends the other processes
+
+    def _end_job(self, message: str) -> None:
+        self.abort(message)
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        dog = self._watchdog
+        if dog is None:
+            yield
+            return
+        dog.begin(self._name, what, self._members, self.timeout)
+        try:
+            yield
+        finally:
+            dog.end()
+
+    @contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Turn gloo's RuntimeError about a socket into one about a rank."""
+        try:
+            yield
+        except RuntimeError as error:
+            news = self._watchdog.wait_for_news(_NEWS_SECONDS) if self._watchdog else ""
+            raise RankFailedError(f"rank {self._world_rank} lost contact in a collective; {news} ({error})") from error
+
+    def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
+        if flat.device.type == "cpu" or self._nccl():
+            return flat
+        return flat.to("cpu")
+
+    def _has_native_sum(self, dtype: torch.dtype) -> bool:
+        return self.size <= 2 and dtype in (torch.float32, torch.float64, torch.int32, torch.int64)
+
+    def _native_sum(self, flat: torch.Tensor, blocking: bool) -> Request:
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.SUM
+        return self._start(self._lane(0, flat), "allreduce", [flat], options)
+
+    def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        return self._start(self._lane(lane, send), "alltoall_base", _bytes(receive), _bytes(send), [], [])
+
+    def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        return self._start(self._lane(lane, send), "_allgather_base", _bytes(receive), _bytes(send))
+
+    def _broadcast(self, flat: torch.Tensor, root: int, blocking: bool) -> Request:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        return self._start(self._lane(0, flat), "broadcast", [_bytes(flat)], options)
+
+    def _start(self, group: Any, name: str, *arguments: Any) -> Request:
+        with self._named_failures():
+            work = getattr(group, name)(*arguments)
+        return _TorchRequest(work, self, *(a for a in arguments if isinstance(a, torch.Tensor)))
+
+    def _exchange_words(self, words: Words) -> Words:
+        received = np.empty((self.size, words.size), dtype=np.int64)
+        self._all_gather(torch.from_numpy(words), torch.from_numpy(received), 0, True).wait()
+        return received
+
+    def _exchange_objects(self, obj: T) -> list[T]:
+        data = np.frombuffer(pickle.dumps(obj), dtype=np.uint8)
+        lengths = self._exchange_words(np.array([data.size], dtype=np.int64))[:, 0]
+        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        padded[: data.size] = torch.from_numpy(data.copy())
+        received = torch.empty((self.size, padded.numel()), dtype=torch.uint8)
+        self._all_gather(padded, received, 0, True).wait()
+        return [pickle.loads(row[:length].numpy().tobytes()) for row, length in zip(received, lengths, strict=True)]
+
+    def _lane(self, lane: int, tensor: torch.Tensor) -> Any:
+        if tensor.device.type == "cpu":
+            return self._lanes[lane]
+        assert self._nccl_lanes is not None
+        return self._nccl_lanes[lane]
+
+    def _nccl(self) -> bool:
+        """Open NCCL's lanes at the first CUDA tensor; False where NCCL cannot work. Collective at the first call."""
+        if self._nccl_wanted is None:
+            # NCCL refuses two ranks on one GPU.
+            enough = dist.is_nccl_available() and torch.cuda.device_count() >= self.node_size
+            self._nccl_wanted = all(self.exchange_objects(enough, "choice of NCCL"))
+        if self._nccl_wanted and self._nccl_lanes is None:
+            self._nccl_lanes = tuple(  # type: ignore[assignment]
+                dist.ProcessGroupNCCL(  # type: ignore[attr-defined]  # only in builds with NCCL
+                    dist.PrefixStore(f"heatopt/nccl/{self._name}/{lane}", self._store),
+                    self.rank,
+                    self.size,
+                    dist.ProcessGroupNCCL.Options(),  # type: ignore[attr-defined]
+                )
+                for lane in (0, 1)
+            )
+        return self._nccl_wanted
+
+    def _subgroups(self, groups: list[list[int]]) -> Communicator:
+        self._children += 1
+        color = next(index for index, group in enumerate(groups) if self.rank in group)
+        child = TorchCommunicator.__new__(TorchCommunicator)
+        child._nccl_wanted = self._nccl_wanted
+        members = tuple(self._members[rank] for rank in groups[color])
+        name = f"{self._name}.{self._children}.{color}"
+        child._open(self._store, name, members, groups[color].index(self.rank), self.timeout, self._watchdog)
+        return child
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def rendezvous_store(comm: Communicator) -> dist.Store:
+    """Make a store that all ranks of ``comm`` (MPI, say) reach, hosted by its rank 0; no environment variable needed.
+
+    ``TorchCommunicator(rendezvous_store(comm), comm.rank, comm.size)`` gives NCCL and gloo under mpirun, and
+    ``torch.distributed.init_process_group(store=..., rank=..., world_size=...)`` takes it as well. Collective.
+    """
+    limit = timedelta(seconds=min(comm.timeout, _YEAR))
+    host = _reachable_host(comm)
+    master = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit) if comm.rank == 0 else None
+    address = comm.broadcast_object((host, master.port) if master else None)
+    if master is not None:
+        return master
+    assert address is not None
+    return dist.TCPStore(address[0], address[1], is_master=False, wait_for_workers=False, timeout=limit)
+
+
+def _reachable_host(comm: Communicator) -> str:
+    """Name under which other ranks reach this process's host."""
+    return "127.0.0.1" if comm.node_size == comm.size else socket.getfqdn()

@@ -1,0 +1,146 @@
+"""What an asynchronous collective returns, and how its steps are driven.
+
+[Note: Collectives are generators]
+A collective is written once, as a generator: it starts an operation on the wire, yields the request, and goes on
+when the request has completed. Blocking use runs the generator to its end; asynchronous use wraps it in a
+:class:`Work`. A generator's local variables hold the buffers, so they live exactly as long as the operation.
+
+[Note: Order of stages]
+All ranks must start the operations of one lane in the same order. First stages run on lane 0, at launch, in program
+order. Later stages run on lane 1 and are started strictly in the order of the launches: a work never passes an earlier
+one, whoever polls it and however often, and a blocking collective first completes the works before it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from typing import Any, Generic, TypeVar
+
+__all__ = ["COMPLETED", "Completed", "Request", "Steps", "Work", "WorkQueue"]
+
+T = TypeVar("T")
+
+
+class Request(ABC):
+    """One operation on the wire. It holds its buffers until it has completed."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Make progress; True once the operation has completed."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until the operation has completed."""
+
+
+class Completed(Request):
+    """An operation that has completed before it returned."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+
+COMPLETED = Completed()
+
+Steps = Generator[Request, None, T]
+Waiting = Callable[[str], AbstractContextManager[None]]
+
+
+class Work(Generic[T]):
+    """Handle of a launched collective; owns every buffer of it until :meth:`wait` returns."""
+
+    def __init__(self, steps: Steps[T], what: str, queue: WorkQueue) -> None:
+        self._steps: Steps[T] | None = steps
+        self._what = what
+        self._queue = queue
+        self._request: Request = COMPLETED
+        self._result: T | None = None
+
+    def done(self) -> bool:
+        """Make progress without blocking; True once the result is there."""
+        self._queue.poll()
+        return self._steps is None
+
+    def wait(self) -> T:
+        """Block until the collective has completed and return its result.
+
+        Raises:
+            CollectiveTimeoutError: other ranks did not come in time (or the job is ended with that message).
+            RankFailedError: another rank failed or left.
+        """
+        while self._steps is not None:
+            self._queue.advance_through(self)
+        return self._result  # type: ignore[return-value]
+
+    def _advance(self) -> None:
+        """Go on after the current request, which has completed, up to the next one."""
+        assert self._steps is not None
+        try:
+            self._request = next(self._steps)
+        except StopIteration as stop:
+            self._steps, self._request, self._result = None, COMPLETED, stop.value
+        except BaseException:
+            self._steps, self._request = None, COMPLETED
+            raise
+
+
+class WorkQueue:
+    """The works of one communicator that have not completed, in launch order."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+        self._works: deque[Work[Any]] = deque()
+
+    def launch(self, steps: Steps[T], what: str) -> Work[T]:
+        """Start the first stage and return the handle."""
+        work = Work(steps, what, self)
+        work._advance()
+        if work._steps is not None:
+            self._works.append(work)
+        return work
+
+    def run(self, steps: Steps[T], what: str) -> T:
+        """Run a collective to its end, after the works before it."""
+        self.drain()
+        while True:
+            try:
+                request = next(steps)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            with self._waiting(what):
+                request.wait()
+
+    def poll(self) -> None:
+        """Advance what can be advanced without blocking, never past an earlier work."""
+        for work in self._works:
+            while work._steps is not None and work._request.done():
+                work._advance()
+            if work._steps is not None:
+                break
+        self._discard_completed()
+
+    def advance_through(self, last: Work[Any]) -> None:
+        """Advance each work up to and including ``last`` by one stage, in launch order, blocking."""
+        for work in list(self._works):
+            if work._steps is not None:
+                with self._waiting(work._what):
+                    work._request.wait()
+                work._advance()
+            if work is last:
+                break
+        self._discard_completed()
+
+    def drain(self) -> None:
+        """Complete every work."""
+        while self._works:
+            self.advance_through(self._works[-1])
+
+    def _discard_completed(self) -> None:
+        while self._works and self._works[0]._steps is None:
+            self._works.popleft()

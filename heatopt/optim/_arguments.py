@@ -1,0 +1,88 @@
+"""Checks of a user's arguments, with messages that say what was got and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator, check_timeout
+from heatopt.sync import SyncSettings
+
+__all__ = ["check_arguments", "parameter_names", "route_around_fused_sgd"]
+
+_MODULES_WITH_SPARSE_WEIGHT = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
+
+def check_arguments(
+    optimizer: object,
+    blocking: object,
+    model: object,
+    comm: object,
+    bucket_mb: object,
+    accumulation_steps: object,
+    timeout: object,
+) -> SyncSettings:
+    """Return the settings.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a number out of its range.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"torch_optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            + (" (the class: make an instance of it first)" if isinstance(optimizer, type) else "")
+        )
+    if blocking is not None and not isinstance(blocking, bool):
+        raise TypeError(f"blocking must be True, False or None, got {blocking!r}")
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if comm is not None and not isinstance(comm, Communicator):
+        raise TypeError(f"comm must be a heatopt.comm.Communicator or None, got {type(comm).__name__}")
+    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)):
+        raise TypeError(f"bucket_mb must be a number of MiB, got {bucket_mb!r}")
+    if not bucket_mb > 0 or math.isinf(bucket_mb):
+        raise ValueError(f"bucket_mb must be a positive, finite number of MiB, got {bucket_mb!r}")
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
+        raise TypeError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
+    return SyncSettings(
+        algorithm=type(optimizer).__name__,
+        bucket_mb=float(bucket_mb),
+        accumulation_steps=accumulation_steps,
+        blocking=blocking,
+        timeout=None if timeout is None else check_timeout(timeout),
+        sparse=_sparse_parameters(optimizer, model),
+    )
+
+
+def _sparse_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> tuple[int, ...]:
+    """Indices of the parameters that are known to get sparse gradients, so that no dense buffer is made for them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        return tuple(range(len(parameters)))
+    modules = model.modules() if model is not None else ()
+    sparse = {id(m.weight) for m in modules if isinstance(m, _MODULES_WITH_SPARSE_WEIGHT) and m.sparse}
+    return tuple(index for index, parameter in enumerate(parameters) if id(parameter) in sparse)
+
+
+def parameter_names(model: torch.nn.Module | None) -> dict[int, str]:
+    """Name of each parameter of ``model``, by ``id``."""
+    return {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+
+
+def route_around_fused_sgd(group: dict[str, Any]) -> None:
+    """Turn ``fused`` off where torch's fused SGD is wrong: half types on a CPU are not updated (pytorch#191763)."""
+    half_on_cpu = any(p.device.type == "cpu" and p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
+    if group.get("fused") and half_on_cpu:
+        group["fused"] = False
+        warnings.warn(
+            "torch's fused SGD does not update float16 and bfloat16 parameters on a CPU correctly; "
+            "heatopt uses fused=False for this parameter group",
+            UserWarning,
+            stacklevel=4,
+        )

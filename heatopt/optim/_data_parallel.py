@@ -1,0 +1,344 @@
+"""The optimizer that makes any torch optimizer data-parallel."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from heatopt.comm import Communicator, world
+from heatopt.errors import RankMismatchError
+from heatopt.optim._arguments import check_arguments, parameter_names, route_around_fused_sgd
+from heatopt.optim._clip import clip_gradients
+from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
+from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, make_gradients
+
+__all__ = ["DataParallelOptimizer"]
+
+Closure = Callable[[], Any]
+
+# Wrapper of each parameter, so that no gradient is averaged by two of them.
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class DataParallelOptimizer(torch.optim.Optimizer):
+    r"""Make ``torch_optimizer`` data-parallel: every rank sees the gradients' mean over all ranks.
+
+    .. math:: g_t = \frac{1}{P} \sum_{r=0}^{P-1} \nabla f(x_{t}; B_{r,t}), \qquad x_{t+1} = \text{step}(x_t, g_t)
+
+    With a mean loss and equal batches on each rank this is the training of one process with the whole batch, for every
+    algorithm. Gradients are averages, in ``p.grad``, when ``backward()`` returns, so clipping, inspection and
+    ``GradScaler`` need no extra call. ``step()`` averages what no hook saw: gradients set by hand, and those of ranks
+    whose loss touched no parameter. A gradient that no rank has stays ``None``; a rank without one counts as zero.
+
+    The wrapper is a :class:`torch.optim.Optimizer`; ``param_groups``, ``state`` and ``defaults`` are the wrapped
+    optimizer's own objects. Construction is collective: it compares the optimizers of all ranks and broadcasts rank 0's
+    parameters and optimizer state. ``step``, ``synchronize``, ``clip_grad_norm_`` and ``add_param_group`` are collective.
+
+    Args:
+        torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
+        blocking: reduce each bucket of gradients before backward goes on (True), or while it goes on (False). The results
+            are bit-identical. Default (None): True for CPU tensors, False for CUDA tensors.
+        model: the module that the parameters belong to: gives names for messages, broadcasts its buffers and its other
+            parameters too, and tells which embeddings have sparse gradients.
+        comm: the ranks; default :func:`heatopt.world`.
+        bucket_mb: size of a bucket, in MiB. The results do not depend on it.
+        accumulation_steps: only every so many-th backward synchronises; the gradients of the ones between add up locally,
+            as in plain torch, so divide the loss accordingly. ``step()`` belongs after the last of them.
+        timeout: seconds after which a waiting rank gives up and names those that are late; 0: never.
+            Default: ``HEATOPT_TIMEOUT`` or 600.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, a parameter that another DataParallelOptimizer has, or a wrapped wrapper.
+        RankMismatchError: on all ranks, if their optimizers differ; names the first parameter, option or setting.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = DataParallelOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model=model)
+        >>> model(torch.ones(8, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        torch_optimizer: torch.optim.Optimizer,
+        blocking: bool | None = None,
+        *,
+        model: torch.nn.Module | None = None,
+        comm: Communicator | None = None,
+        bucket_mb: float = 8.0,
+        accumulation_steps: int = 1,
+        timeout: float | None = None,
+    ) -> None:
+        settings = check_arguments(torch_optimizer, blocking, model, comm, bucket_mb, accumulation_steps, timeout)
+        if isinstance(torch_optimizer, DataParallelOptimizer):
+            raise ValueError("torch_optimizer is a DataParallelOptimizer already; wrap its .torch_optimizer, or use it as it is")
+        names = parameter_names(model)
+        self._refuse_owned([p for group in torch_optimizer.param_groups for p in group["params"]], names)
+        self._assemble(torch_optimizer, world() if comm is None else comm, names, settings)
+        self._gradients.attach()
+        self._start_equal(model)
+
+    def _assemble(
+        self, torch_optimizer: torch.optim.Optimizer, comm: Communicator, names: dict[int, str], settings: SyncSettings
+    ) -> None:
+        """Set every attribute. torch's own constructor is not called: it would add the parameter groups again."""
+        self.torch_optimizer = torch_optimizer
+        """The wrapped optimizer."""
+        self._comm = comm
+        self._names = names
+        self._settings = settings
+        if isinstance(torch_optimizer, torch.optim.SGD):
+            for group in torch_optimizer.param_groups:
+                route_around_fused_sgd(group)
+        # The callback must not hold this wrapper, which is to die with its last user.
+        self._gradients = make_gradients(comm, lambda: torch_optimizer.param_groups, names, settings)
+        super().__setstate__({})  # hooks' dictionaries and torch's profiling
+        own = weakref.ref(self)
+        for parameter in self._parameters():
+            _owners[parameter] = own
+
+    def _start_equal(self, model: torch.nn.Module | None) -> None:
+        """Give every rank rank 0's parameters, buffers and optimizer state."""
+        if self._comm.size == 1:
+            return
+        tensors = self._parameters()
+        if model is not None:
+            known = {id(tensor) for tensor in tensors}
+            tensors += [p for p in model.parameters() if id(p) not in known]
+            tensors += list(model.buffers())
+        broadcast_tensors(self._comm, tensors, 0, "the broadcast of parameters")
+        counts = self._comm.exchange_objects(len(self.state), "comparison of optimizer states")
+        for rank, count in enumerate(counts):
+            if count != counts[0]:
+                raise RankMismatchError(
+                    f"optimizer state: rank 0 has it for {counts[0]} parameters, rank {rank} for {count}; load it on all "
+                    "ranks before the construction, or on rank 0 after it and call heatopt.broadcast_optimizer_state"
+                )
+        if counts[0]:
+            broadcast_state(self._comm, self.torch_optimizer, 0)
+
+    @staticmethod
+    def _refuse_owned(parameters: list[torch.Tensor], names: dict[int, str]) -> None:
+        for position, parameter in enumerate(parameters):
+            owner = _owners.get(parameter)
+            if owner is not None and owner() is not None:
+                raise ValueError(
+                    f"parameter {names.get(id(parameter), position)!r} belongs to another DataParallelOptimizer; delete "
+                    "that one first, or give each optimizer parameters of its own"
+                )
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    # The wrapped optimizer's own objects, always.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # torch declares an attribute
+        """The wrapped optimizer's parameter groups, the very list."""
+        return self.torch_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.torch_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]  # torch declares an attribute
+        """The wrapped optimizer's state, the very dictionary."""
+        return self.torch_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.torch_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # torch declares an attribute
+        """The wrapped optimizer's defaults, the very dictionary."""
+        return self.torch_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.torch_optimizer.defaults = value
+
+    # Training
+
+    @torch._disable_dynamo  # collectives have no place in a compiled graph
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]  # torch's overloads
+        """Update the parameters with the averaged gradients. Collective.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss (a number, a
+                tensor of one element, or None). It is called as often as the wrapped algorithm calls it; the algorithm
+                sees averaged gradients and the mean of the loss over ranks.
+
+        Returns:
+            What the wrapped optimizer returns: with a closure the mean of the loss over ranks, otherwise None.
+
+        Raises:
+            RankMismatchError: other ranks are in another call, or their groups have other options (learning rate, ...).
+        """
+        if closure is None:
+            self._gradients.settle(Call.STEP)
+        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        keywords: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, arguments, keywords)
+            if changed is not None:
+                arguments, keywords = changed
+        result = self.torch_optimizer.step(*map(self._averaging, arguments[1:]), **keywords)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, arguments, keywords)
+        return result
+
+    # torch would wrap `step` with its profiling and its global hooks, which the wrapped optimizer's step runs already.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _averaging(self, closure: Closure | None) -> Closure | None:
+        """``closure``, with the reduction inside it."""
+        if closure is None or self._comm.size == 1:
+            return closure
+
+        def averaged() -> Any:
+            loss = closure()
+            rows = self._gradients.settle(Call.CLOSURE, math.nan if loss is None else float(loss))
+            if loss is None:
+                return None
+            losses = [row.payload for row in rows if row.call == Call.CLOSURE]
+            mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else sum(losses) / len(losses)
+            return torch.full_like(loss.detach(), mean) if isinstance(loss, torch.Tensor) else mean
+
+        return averaged
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the wrapped optimizer does. Local."""
+        self._gradients.forget_backward()
+        self.torch_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Context in which ``backward()`` leaves gradients local.
+
+        The next ``backward()`` outside, or ``step()``, averages the accumulated sum.
+        """
+        return self._gradients.no_sync()
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Context for a loop over batches of which ranks have unequal numbers. Collective at its end.
+
+        A rank that leaves the context serves the others until all have left. Meanwhile gradients are averages over the
+        ranks that still train (the divisor is their number). At the end all ranks receive the parameters, the optimizer
+        state and the groups' options of the lowest rank that trained last. Objects that are not the optimizer's (a
+        scheduler's own counter, a GradScaler, the module's buffers) are left alone: step schedulers outside, or load
+        their state from that rank.
+        """
+        yield
+        root = self._gradients.serve_joined()
+        broadcast_tensors(self._comm, self._parameters(), root, "the broadcast of parameters after join()")
+        broadcast_state(self._comm, self.torch_optimizer, root)
+
+    def synchronize(self) -> None:
+        """Make all gradients averages now: those set by hand, accumulated in no_sync(), or without a hook. Collective.
+
+        ``step()`` does it by itself; call it to look at gradients in between.
+        """
+        self._gradients.settle(Call.SYNCHRONIZE)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> torch.Tensor:
+        """Scale the averaged gradients so that their joint norm is at most ``max_norm``. Collective.
+
+        Args:
+            max_norm: largest norm allowed.
+            norm_type: order p of the norm; ``math.inf`` for the largest absolute value.
+            error_if_nonfinite: raise RuntimeError instead of scaling by a norm that is inf or nan.
+
+        Returns:
+            The norm of all gradients before the scaling, a tensor of no dimension, equal on all ranks.
+        """
+        self._gradients.settle(Call.CLIP)
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        return clip_gradients(gradients, float(max_norm), float(norm_type), error_if_nonfinite)
+
+    def unscale_agreed(self, found_inf: float) -> float:
+        """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""
+        return max(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters and broadcast rank 0's values of them. Collective.
+
+        Raises:
+            ValueError: one of them belongs to another DataParallelOptimizer; and what torch raises.
+            RankMismatchError: on all ranks, if they add different groups.
+        """
+        count = len(self._parameters())
+        members = param_group.get("params") if isinstance(param_group, dict) else None
+        if isinstance(members, torch.Tensor):
+            members = [members]
+        if isinstance(members, (list, tuple)):
+            self._refuse_owned([m[1] if isinstance(m, tuple) else m for m in members], self._names)
+        self.torch_optimizer.add_param_group(param_group)
+        if isinstance(self.torch_optimizer, torch.optim.SGD):
+            route_around_fused_sgd(self.param_groups[-1])
+        own = weakref.ref(self)
+        added = self._parameters()[count:]
+        for parameter in added:
+            _owners[parameter] = own
+        self._gradients.extend()
+        broadcast_tensors(self._comm, added, 0, "the broadcast of added parameters")
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as the plain torch optimizer gives it; equal on all ranks."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.torch_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Do so on all ranks."""
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.torch_optimizer.load_state_dict(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "torch_optimizer": optimizer_contents(self.torch_optimizer),
+            "names": [self._names.get(id(parameter)) for parameter in self._parameters()],
+            "settings": self._settings,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._restore(state, world())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallelOptimizer:
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate._restore(copy.deepcopy(self.__getstate__(), memo), self._comm)
+        return duplicate
+
+    def _restore(self, state: dict[str, Any], comm: Communicator) -> None:
+        """Become the copy that ``state`` describes. It meets the other ranks' copies at its first collective call."""
+        optimizer = optimizer_from_contents(*state["torch_optimizer"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
+        self._assemble(optimizer, comm, names, state["settings"])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(ranks={self._comm.size}, {self.torch_optimizer!r})"

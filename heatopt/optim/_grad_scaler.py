@@ -1,0 +1,39 @@
+"""torch's GradScaler, with the overflow decision agreed by all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from heatopt.optim._data_parallel import DataParallelOptimizer
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """:class:`torch.amp.GradScaler` for a :class:`DataParallelOptimizer`: all ranks skip a step, or none does.
+
+    ``unscale_`` and ``step`` first make every gradient an average, also those set by hand and on ranks that called no
+    backward; then an overflow that any rank finds counts on all, so all scales stay equal. With another optimizer it is
+    torch's scaler. Arguments as there.
+    """
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._enabled and self._scale is None:
+            # This rank has scaled no loss yet; others may have.
+            self._lazy_init_scale_growth_tracker(torch.device(self._device))
+        super().unscale_(optimizer)
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        if not isinstance(optimizer, DataParallelOptimizer):
+            return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        optimizer.unscale_agreed(0.0)  # gradients must be final before they are scaled
+        per_device = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        found = max((float(flag) for flag in per_device.values()), default=0.0)
+        agreed = optimizer.unscale_agreed(found)
+        if not per_device:
+            per_device[inv_scale.device] = found_inf
+        for flag in per_device.values():
+            flag.fill_(agreed)
+        return per_device

@@ -1,0 +1,72 @@
+"""Functions that make ranks equal, for what an optimizer does not own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from heatopt.comm import Communicator, world
+from heatopt.optim._data_parallel import DataParallelOptimizer
+from heatopt.sync import average_tensors, broadcast_state, broadcast_tensors
+
+__all__ = ["broadcast_optimizer_state", "broadcast_parameters", "sync_buffers"]
+
+
+def broadcast_parameters(
+    model: torch.nn.Module | Iterable[torch.Tensor], root: int = 0, comm: Communicator | None = None
+) -> None:
+    """Overwrite a module's parameters and buffers, or the given tensors, with those of rank ``root``. Collective.
+
+    Raises:
+        ValueError: ``root`` is no rank.
+        RankMismatchError: the ranks' tensors differ in number, shape or dtype.
+    """
+    comm = world() if comm is None else comm
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else list(model)
+    comm.check_root(root)
+    comm.agree_on([(tuple(t.shape), str(t.dtype)) for t in tensors], "broadcast_parameters()")
+    broadcast_tensors(comm, tensors, root, "broadcast_parameters()")
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root: int = 0, comm: Communicator | None = None
+) -> None:
+    """Overwrite an optimizer's state and its groups' options with those of rank ``root``, bit for bit. Collective.
+
+    Other ranks may have no state yet; their parameters must correspond to those of ``root``.
+
+    Raises:
+        ValueError: ``root`` is no rank.
+        RankMismatchError: the ranks' optimizers have different parameters.
+    """
+    comm = world() if comm is None else comm
+    comm.check_root(root)
+    inner = optimizer.torch_optimizer if isinstance(optimizer, DataParallelOptimizer) else optimizer
+    shapes = [[tuple(p.shape) for p in group["params"]] for group in inner.param_groups]
+    comm.agree_on([type(inner).__name__, *shapes], "broadcast_optimizer_state()")
+    broadcast_state(comm, inner, root)
+
+
+def sync_buffers(model: torch.nn.Module, mode: str = "mean", comm: Communicator | None = None) -> None:
+    """Make the buffers of ``model`` (BatchNorm's running statistics, say) equal on all ranks, in place. Collective.
+
+    Args:
+        model: the module; its buffers have the same shapes and dtypes on all ranks.
+        mode: "mean" averages floating and complex buffers and takes integer ones (``num_batches_tracked``) from rank 0;
+            "broadcast" takes all from rank 0.
+        comm: the ranks; default :func:`heatopt.world`.
+
+    Raises:
+        ValueError: unknown mode.
+        RankMismatchError: the ranks' buffers differ in number, shape or dtype.
+    """
+    if mode not in ("mean", "broadcast"):
+        raise ValueError(f"mode must be 'mean' or 'broadcast', got {mode!r}")
+    comm = world() if comm is None else comm
+    buffers = list(model.buffers())
+    comm.agree_on([mode, *((tuple(b.shape), str(b.dtype)) for b in buffers)], "sync_buffers()")
+    if mode == "mean":
+        average_tensors(comm, buffers)
+    else:
+        broadcast_tensors(comm, buffers, 0, "sync_buffers()")

@@ -1,0 +1,19 @@
+"""When and how gradients and parameters meet: hooks, rounds, agreements, broadcasts."""
+
+from __future__ import annotations
+
+from heatopt.sync._broadcast import average_tensors, broadcast_state, broadcast_tensors
+from heatopt.sync._coordinator import Call, Row
+from heatopt.sync._gradients import Gradients, make_gradients
+from heatopt.sync._settings import SyncSettings
+
+__all__ = [
+    "Call",
+    "Gradients",
+    "Row",
+    "SyncSettings",
+    "average_tensors",
+    "broadcast_state",
+    "broadcast_tensors",
+    "make_gradients",
+]

@@ -1,0 +1,129 @@
+"""Make all ranks start equal: parameters, buffers, optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator
+
+__all__ = ["average_tensors", "broadcast_state", "broadcast_tensors"]
+
+# Many small tensors travel together, up to this many bytes.
+_CHUNK_BYTES = 16 * 2**20
+
+
+@torch.no_grad()
+def broadcast_tensors(comm: Communicator, tensors: Iterable[torch.Tensor], root: int, what: str) -> None:
+    """Overwrite ``tensors`` with those of ``root``, bit for bit, whatever their dtypes. Collective."""
+    if comm.size == 1:
+        return
+    for chunk in _chunks(tensors):
+        packed = torch.cat([_as_bytes(t.detach()).to(chunk[0].device) for t in chunk])
+        comm.broadcast_bytes(packed, root, what)
+        if comm.rank != root:
+            offset = 0
+            for tensor in chunk:
+                piece = packed[offset : offset + tensor.nbytes].to(tensor.device)
+                offset += tensor.nbytes
+                tensor.detach().copy_(piece.clone().view(tensor.dtype).view(tensor.shape))
+
+
+def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    chunk: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        if chunk and (size + tensor.nbytes > _CHUNK_BYTES or tensor.device != chunk[0].device):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(tensor)
+        size += tensor.nbytes
+    if chunk:
+        yield chunk
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+@torch.no_grad()
+def average_tensors(comm: Communicator, tensors: Iterable[torch.Tensor]) -> None:
+    """Replace floating tensors by their mean over ranks, others by those of rank 0. Collective."""
+    discrete = []
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            comm.allreduce(tensor, "mean")
+        else:
+            discrete.append(tensor)
+    broadcast_tensors(comm, discrete, 0, "broadcast of integer buffers")
+
+
+@torch.no_grad()
+def broadcast_state(comm: Communicator, optimizer: torch.optim.Optimizer, root: int) -> None:
+    """Overwrite the state and the groups' options of ``optimizer`` with those of ``root``, bit for bit. Collective.
+
+    The parameters of the groups must correspond. Tensors are written in place where shape and dtype allow.
+    """
+    if comm.size == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = [_skeleton(optimizer.state[p]) if p in optimizer.state else None for p in parameters]
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    theirs, their_options = comm.exchange_objects((mine, options) if comm.rank == root else None)[root] or (mine, options)
+    tensors: list[torch.Tensor] = []
+    for parameter, wanted in zip(parameters, theirs, strict=True):
+        if wanted is None:
+            optimizer.state.pop(parameter, None)
+            continue
+        present = optimizer.state[parameter]
+        for key in [key for key in present if key not in wanted]:
+            del present[key]
+        for key, value in wanted.items():
+            present[key] = _fill(present.get(key), value, parameter, tensors)
+    for group, found in zip(optimizer.param_groups, their_options, strict=True):
+        group.update({k: v for k, v in found.items() if not isinstance(v, torch.Tensor)})
+        for key, value in found.items():
+            if isinstance(value, torch.Tensor):
+                group[key] = group[key].copy_(value) if isinstance(group.get(key), torch.Tensor) else value
+    broadcast_tensors(comm, tensors, root, "broadcast of optimizer state")
+
+
+class _Placeholder:
+    """Stands for a tensor while the structure of a state travels."""
+
+    def __init__(self, tensor: torch.Tensor, parameter_device: bool) -> None:
+        self.shape = tuple(tensor.shape)
+        self.dtype = tensor.dtype
+        self.on_cpu = tensor.device.type == "cpu"
+
+
+def _skeleton(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _Placeholder(value, True)
+    if isinstance(value, dict):
+        return {key: _skeleton(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_skeleton(item) for item in value)
+    return value
+
+
+def _fill(present: Any, wanted: Any, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
+    """Return ``wanted`` with memory for its tensors, which are appended to ``tensors`` in a fixed order."""
+    if isinstance(wanted, _Placeholder):
+        fits = isinstance(present, torch.Tensor) and (tuple(present.shape), present.dtype) == (wanted.shape, wanted.dtype)
+        device = torch.device("cpu") if wanted.on_cpu else parameter.device
+        target = present if fits else torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
+        tensors.append(target)
+        return target
+    if isinstance(wanted, dict):
+        old = present if isinstance(present, dict) else {}
+        return {key: _fill(old.get(key), value, parameter, tensors) for key, value in wanted.items()}
+    if isinstance(wanted, (list, tuple)):
+        old_items = list(present) if isinstance(present, (list, tuple)) else []
+        old_items += [None] * (len(wanted) - len(old_items))
+        return type(wanted)(_fill(o, w, parameter, tensors) for o, w in zip(old_items, wanted, strict=False))
+    return wanted

@@ -1,0 +1,308 @@
+"""How ranks agree on what happens next, before they do it.
+
+[Note: Headers]
+Everything collective that an optimizer does begins with one exchange of a few integers between all ranks: which call a
+rank is in, for which optimizer, which buckets it wants reduced, and digests of what must agree. All ranks see all rows,
+so all draw the same conclusion:
+
+* A rank is in backward and wants a reduction: all ranks take part in it with the gradients that they have, whatever
+  call they are in, and those that were in another call announce that again. So a rank whose loss touched no parameter,
+  or that called backward less often, serves the others from inside its ``step()``.
+* All ranks are in the same call: it goes ahead, after a reduction of what any rank has not reduced yet.
+* Ranks are in different calls, or have different plans: every rank raises :class:`RankMismatchError` at once.
+* A rank is in ``join()``: it has no more data, takes part with zeros, and does not count in the divisor.
+
+A reduction replaces each gradient by its mean over ranks. Repeating it changes nothing, hence a bucket may be reduced
+again whenever any rank has a new contribution. Headers and reductions share one channel and one total order.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import weakref
+from enum import IntEnum
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from heatopt.comm import Communicator
+from heatopt.errors import HeatoptError, RankMismatchError
+from heatopt.sync._fingerprint import Fingerprint, NumericOptions, first_difference
+
+__all__ = ["ALL", "REPLAN", "SPARSE", "Call", "Coordinator", "Member", "Row", "bucket_bit", "coordinator_of"]
+
+
+class Call(IntEnum):
+    """What a rank is in; the values travel in headers."""
+
+    BACKWARD = 1
+    STEP = 2
+    SYNCHRONIZE = 3
+    CLOSURE = 4
+    UNSCALE = 5
+    JOIN = 6
+    CONSTRUCT = 7
+    ADD_PARAM_GROUP = 8
+    CLIP = 9
+
+    def __str__(self) -> str:
+        return _CALL_NAMES[self]
+
+
+_CALL_NAMES = {
+    Call.BACKWARD: "backward()",
+    Call.STEP: "step()",
+    Call.SYNCHRONIZE: "synchronize()",
+    Call.CLOSURE: "step(closure)",
+    Call.UNSCALE: "GradScaler.unscale_()",
+    Call.JOIN: "the end of join()",
+    Call.CONSTRUCT: "the construction of the optimizer (or first use of its copy)",
+    Call.ADD_PARAM_GROUP: "add_param_group()",
+    Call.CLIP: "clip_grad_norm_()",
+}
+
+# What a header's mask asks for: bit b for the buckets whose number is b modulo 61, and two more.
+_BUCKET_BITS = 61
+SPARSE = 1 << 61
+"""Mask bit: average the sparse gradients."""
+REPLAN = 1 << 62
+"""Mask bit: parameters have come or changed; make a new plan first."""
+ALL = SPARSE | (SPARSE - 1)
+"""Mask of everything that there is to reduce."""
+
+
+def bucket_bit(number: int) -> int:
+    """Mask bit of a bucket; far buckets share a bit, and are then reduced together."""
+    return 1 << (number % _BUCKET_BITS)
+
+
+class Row(NamedTuple):
+    """What one rank announced."""
+
+    call: int
+    member: int
+    mask: int
+    plan: int
+    """Digest of the member's fingerprint."""
+    options: int
+    """Hash of the numeric options of the groups; 0 where the call does not need them to agree."""
+    payload: float
+    """A number that travels along: the loss in CLOSURE, the overflow flag in UNSCALE."""
+
+
+class Member(Protocol):
+    """One optimizer's gradients, as the coordinator sees them."""
+
+    number: int
+    plan_digest: int
+    """Digest of :meth:`fingerprint` when the plan was made."""
+
+    def pending_mask(self) -> int:
+        """What this rank has that no round has reduced."""
+
+    def run_round(self, mask: int, divisor: int) -> None:
+        """Average what ``mask`` names."""
+
+    def replan(self) -> None:
+        """Make a new plan together with the other ranks."""
+
+    def fingerprint(self) -> Fingerprint: ...
+
+    def options(self) -> list[NumericOptions]: ...
+
+
+class Coordinator:
+    """All optimizers of one communicator: their numbers, their channel, their agreements."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.channel = comm.duplicate()
+        self._members: dict[int, weakref.ref[Member]] = {}
+        self._next_number = 0
+        self._constructing: Member | None = None  # has no number before all ranks have agreed
+
+    @property
+    def live_members(self) -> int:
+        """Number of optimizers that exist."""
+        return sum(reference() is not None for reference in self._members.values())
+
+    def construct(self, member: Member, what: str) -> None:
+        """Agree that all ranks construct the same optimizer now, and number it."""
+        self._constructing = member
+        member.number = self._next_number
+        try:
+            self.meet(Call.CONSTRUCT, member, what)
+        finally:
+            self._constructing = None
+        self._next_number += 1
+        self._members = {n: reference for n, reference in self._members.items() if reference() is not None}
+        self._members[member.number] = weakref.ref(member)
+
+    def announce_backward(self, member: Member, mask: int, what: str) -> int:
+        """Tell that this rank's backward wants ``mask`` reduced.
+
+        Returns:
+            The divisor, if the caller is to run the round by itself; 0 if rounds of several members were asked for,
+            in which case all of them have been run here, in the order of their numbers.
+        """
+        rows = self._exchange(Row(Call.BACKWARD, member.number, mask, member.plan_digest, 0, 0.0), what)
+        return self._serve(rows, member)
+
+    def meet(self, call: Call, member: Member, what: str, options: int = 0, payload: float = 0.0) -> list[Row]:
+        """Return the rows of all ranks once all of them are in the same call, with all gradients reduced.
+
+        Raises:
+            RankMismatchError: ranks are in different calls, or have different plans or options.
+        """
+        while True:
+            row = Row(call, member.number, member.pending_mask(), member.plan_digest, options, payload)
+            rows = self._exchange(row, what)
+            if any(r.call == Call.BACKWARD for r in rows):
+                self._serve(rows, None)
+                continue
+            self._settle(rows, member)
+            return rows
+
+    def serve_joined(self, member: Member, what: str) -> int:
+        """Take part in the other ranks' rounds, without data, until all ranks are in join().
+
+        Returns:
+            The lowest of the ranks that trained last.
+        """
+        trained_last = True
+        while True:
+            rows = self._exchange(Row(Call.JOIN, member.number, 0, member.plan_digest, 0, 0.0), what)
+            active = [r for r in rows if r.call != Call.JOIN]
+            if not active:
+                self._require_one_member(rows)
+                table = self.channel.exchange_words(np.array([trained_last], dtype=np.int64), what)
+                return int(table[:, 0].argmax())
+            trained_last = False
+            if any(r.call == Call.BACKWARD for r in rows):
+                self._serve(rows, None)
+            else:
+                self._settle(rows, self._member(active[0].member))
+
+    def _settle(self, rows: list[Row], member: Member) -> None:
+        """All ranks are in a call that wants final gradients: check that it is one call, reduce what is left."""
+        self._require_same_call(rows)
+        self._require_same_options(rows, member)
+        active = [r for r in rows if r.call != Call.JOIN]
+        mask = 0
+        for r in active:
+            mask |= r.mask
+        if mask & REPLAN:
+            member.replan()
+        if mask:
+            member.run_round(mask, len(active))
+
+    def _exchange(self, row: Row, what: str) -> list[Row]:
+        payload = struct.unpack("<q", struct.pack("<d", row.payload))[0]
+        words = np.array([*row[:5], payload], dtype=np.int64)
+        table = self.channel.exchange_words(words, what)
+        if (table == words).all():
+            return [row] * self.channel.size
+        return [_to_row(found) for found in table.tolist()]
+
+    def _serve(self, rows: list[Row], own: Member | None) -> int:
+        """Run the rounds that ranks in backward ask for. See announce_backward for the result."""
+        divisor = sum(r.call != Call.JOIN for r in rows)
+        masks: dict[int, int] = {}
+        for r in rows:
+            if r.call == Call.BACKWARD:
+                masks[r.member] = masks.get(r.member, 0) | r.mask
+        for number in masks:
+            self._require_same_plan(rows, number)
+        for number in sorted(masks):
+            if any(r.mask & REPLAN for r in rows if r.member == number):
+                self._member(number).replan()
+        if own is not None and list(masks) == [own.number]:
+            return divisor
+        for number, mask in sorted(masks.items()):
+            self._member(number).run_round(mask, divisor)
+        return 0
+
+    def _member(self, number: int) -> Member:
+        reference = self._members.get(number)
+        member = reference() if reference is not None else None
+        if member is None:
+            raise HeatoptError(
+                f"rank {self.channel.rank} has deleted optimizer number {number}, which another rank still uses; "
+                "delete optimizers on all ranks or on none"
+            )
+        return member
+
+    def _require_same_call(self, rows: list[Row]) -> None:
+        """All ranks that are not in join() must be in the same call of the same optimizer."""
+        self._require_one_member(rows)
+        first_rank, first = next((rank, r) for rank, r in enumerate(rows) if r.call != Call.JOIN)
+        joined = next((rank for rank, r in enumerate(rows) if r.call == Call.JOIN), None)
+        if joined is not None and first.call in (Call.CONSTRUCT, Call.ADD_PARAM_GROUP):
+            raise RankMismatchError(
+                f"rank {first_rank} is in {_describe(first)} while rank {joined} is at the end of join(); "
+                "do this outside of join()"
+            )
+        self._require_same_plan(rows, first.member)
+
+    @staticmethod
+    def _require_one_member(rows: list[Row]) -> None:
+        """All active ranks must be in one call of one member; if none is active, all must join the same member."""
+        active = [(rank, r) for rank, r in enumerate(rows) if r.call != Call.JOIN] or list(enumerate(rows))
+        first_rank, first = active[0]
+        for rank, r in active:
+            if (r.call, r.member) != (first.call, first.member):
+                raise RankMismatchError(
+                    f"rank {first_rank} is in {_describe(first)}, rank {rank} is in {_describe(r)}; "
+                    "every rank must make the same optimizer calls in the same order"
+                )
+
+    def _require_same_plan(self, rows: list[Row], number: int) -> None:
+        digests = {r.plan for r in rows if r.member == number}
+        if len(digests) <= 1:
+            return
+        reference = self._members.get(number)
+        member = reference() if reference is not None else self._constructing
+        prints = self.channel.exchange_objects(member.fingerprint() if member is not None else None)
+        known = [found for found in prints if found is not None]
+        raise RankMismatchError(f"ranks have different optimizers: {first_difference(known)}")
+
+    def _require_same_options(self, rows: list[Row], member: Member) -> None:
+        hashes = {r.options for r in rows if r.call != Call.JOIN}
+        if len(hashes) <= 1:
+            return
+        tables = self.channel.exchange_objects(member.options())
+        for rank, table in enumerate(tables):
+            if rows[rank].call == Call.JOIN:
+                continue
+            for group, (mine, found) in enumerate(zip(tables[0], table, strict=True)):
+                for (key, value), (_, other) in zip(mine, found, strict=True):
+                    if value != other:
+                        raise RankMismatchError(
+                            f"option {key!r} of parameter group {group}: rank 0 has {value}, rank {rank} has {other}; "
+                            "a schedule must see the same metric on all ranks (average it with world().allreduce)"
+                        )
+        raise RankMismatchError("the ranks' parameter groups have different options")
+
+
+def _to_row(words: list[int]) -> Row:
+    call, member, mask, plan, options, payload = words
+    return Row(call, member, mask, plan, options, struct.unpack("<d", struct.pack("<q", payload))[0])
+
+
+def _describe(row: Row) -> str:
+    return f"{Call(row.call)} of optimizer number {row.member}"
+
+
+_registry: weakref.WeakKeyDictionary[Communicator, Coordinator] = weakref.WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+def coordinator_of(comm: Communicator) -> Coordinator:
+    """Return the coordinator of all optimizers that were given ``comm``. Collective at the first call."""
+    with _registry_lock:
+        known = _registry.get(comm)
+    if known is None:
+        known = Coordinator(comm)
+        with _registry_lock:
+            _registry[comm] = known
+    return known

@@ -1,0 +1,130 @@
+"""What must be equal on all ranks, and the sentence that names the first difference. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = [
+    "Fingerprint",
+    "NumericOptions",
+    "ParameterPrint",
+    "first_difference",
+    "numeric_options",
+    "options_hash",
+    "printable_options",
+]
+
+NumericOptions = tuple[tuple[str, "float | tuple[float, ...]"], ...]
+"""A group's options that are plain numbers, by name."""
+
+
+@dataclass(frozen=True)
+class ParameterPrint:
+    """What must agree of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    group: int
+    synchronised: str
+    """"dense", "sparse" or "no" (frozen so far)."""
+
+    def __str__(self) -> str:
+        return f"{self.name!r} of shape {self.shape}, {self.dtype}, on {self.device}, in group {self.group}"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must agree of one optimizer."""
+
+    settings: tuple[tuple[str, str], ...]
+    groups: tuple[tuple[tuple[str, str], ...], ...]
+    parameters: tuple[ParameterPrint, ...]
+
+    def digest(self) -> int:
+        """64 bits that differ where the fingerprints do."""
+        data = repr((self.settings, self.groups, self.parameters)).encode()
+        return int(np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), dtype=np.int64)[0])
+
+
+def printable_options(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """A group's options as text; tensors on a GPU only by their kind, because reading them would wait for the GPU."""
+    return tuple((key, _printable(value)) for key, value in sorted(group.items()) if key not in ("params", "param_names"))
+
+
+def _printable(value: Any) -> str:
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return f"tensor of shape {tuple(value.shape)} on {value.device.type}"
+    if callable(value):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))  # a repr would hold an address
+    return repr(value)
+
+
+def numeric_options(group: Mapping[str, Any]) -> NumericOptions:
+    """A group's options that are plain numbers: what a schedule or a user changes from step to step."""
+    items: list[tuple[str, float | tuple[float, ...]]] = []
+    for key, value in group.items():
+        if isinstance(value, (float, int)):
+            items.append((key, value))
+        elif isinstance(value, tuple) and all(isinstance(item, (float, int)) for item in value):
+            items.append((key, value))
+    return tuple(items)
+
+
+def options_hash(groups: Sequence[Mapping[str, Any]]) -> int:
+    """A hash of the numeric options that is equal in every process: numbers hash alike everywhere, text does not."""
+    return hash(tuple(_comparable(value) for group in groups for _, value in numeric_options(group)))
+
+
+def _comparable(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
+    # NaN differs from itself, and its hash from process to process.
+    return 0.0 if value != value else value
+
+
+def first_difference(prints: Sequence[Fingerprint]) -> str:
+    """Describe the first difference between rank 0 and the first rank that differs from it."""
+    other = next((rank for rank, found in enumerate(prints) if found != prints[0]), None)
+    if other is None:
+        return "the ranks' parameters changed while they were being compared"
+    ours, theirs = prints[0], prints[other]
+    if ours.settings != theirs.settings:
+        for (name, value), (_, found) in zip(ours.settings, theirs.settings, strict=False):
+            if value != found:
+                return f"setting {name}: rank 0 has {value}, rank {other} has {found}"
+    if len(ours.parameters) == len(theirs.parameters):
+        same_names = sorted(p.name for p in ours.parameters) == sorted(p.name for p in theirs.parameters)
+        for position, (mine, found) in enumerate(zip(ours.parameters, theirs.parameters, strict=True)):
+            if mine != found:
+                hint = "; the same names in another order" if same_names and mine.name != found.name else ""
+                if (mine.name, mine.shape, mine.dtype, mine.device, mine.group) == (
+                    found.name, found.shape, found.dtype, found.device, found.group,
+                ):  # fmt: skip
+                    hint = f"; synchronised as {mine.synchronised} on rank 0, {found.synchronised} on rank {other}"
+                return f"parameter {position}: rank 0 has {mine}, rank {other} has {found}{hint}"
+    else:
+        return _describe_count(ours, theirs, other)
+    if len(ours.groups) != len(theirs.groups):
+        return f"number of parameter groups: rank 0 has {len(ours.groups)}, rank {other} has {len(theirs.groups)}"
+    for index, (mine_group, found_group) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
+        for key, value in mine_group:
+            found_value = dict(found_group).get(key)
+            if value != found_value:
+                return f"option {key!r} of parameter group {index}: rank 0 has {value}, rank {other} has {found_value}"
+    return f"rank 0 and rank {other} have different parameter groups"
+
+
+def _describe_count(ours: Fingerprint, theirs: Fingerprint, other: int) -> str:
+    mine, found = ours.parameters, theirs.parameters
+    shorter = min(len(mine), len(found))
+    position = next((i for i in range(shorter) if mine[i] != found[i]), shorter)
+    text = f"number of parameters: rank 0 has {len(mine)}, rank {other} has {len(found)}; the first difference is parameter "
+    at_zero = mine[position] if position < len(mine) else "no parameter"
+    at_other = found[position] if position < len(found) else "no parameter"
+    return f"{text}{position}: rank 0 has {at_zero}, rank {other} has {at_other}"

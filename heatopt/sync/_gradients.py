@@ -1,0 +1,400 @@
+"""Gradient synchronisation: hooks -> bucket full -> launch by index -> gradients final at the end of backward."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator, Work
+from heatopt.errors import HeatoptError
+from heatopt.sync._backward import when_backward_ends
+from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, Call, Coordinator, Row, bucket_bit, coordinator_of
+from heatopt.sync._fingerprint import Fingerprint, NumericOptions, numeric_options, options_hash
+from heatopt.sync._plan import GradientPlan
+from heatopt.sync._settings import SyncSettings
+from heatopt.sync._sparse import average_sparse
+
+__all__ = ["GradientSync", "Gradients", "LocalGradients", "make_gradients"]
+
+
+class Gradients(ABC):
+    """What an optimizer needs of the gradients of its parameters."""
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Meet the other ranks' instances, once. Collective."""
+
+    @abstractmethod
+    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
+        """Return, with the rows of all ranks, when all ranks are in ``call`` and all gradients are averages."""
+
+    @abstractmethod
+    def extend(self) -> None:
+        """Parameters were added to the groups. Collective."""
+
+    @abstractmethod
+    def serve_joined(self) -> int:
+        """Take part without data until all ranks do; return the lowest rank that trained last."""
+
+    @abstractmethod
+    def forget_backward(self) -> None:
+        """Gradients are about to be cleared: give up what an interrupted backward has left."""
+
+    @abstractmethod
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients of backward calls inside stay local."""
+
+
+class LocalGradients(Gradients):
+    """One process: its gradients are the averages."""
+
+    def attach(self) -> None:
+        pass
+
+    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
+        return [Row(call, 0, 0, 0, 0, payload)]
+
+    def extend(self) -> None:
+        pass
+
+    def serve_joined(self) -> int:
+        return 0
+
+    def forget_backward(self) -> None:
+        pass
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _State(Enum):
+    """Where a rank's gradients are."""
+
+    DETACHED = "detached"  # made, or copied; attach() leads to IDLE, at the first collective call
+    IDLE = "idle"  # no backward is running
+    LOCAL_BACKWARD = "local backward"  # the first hook under no_sync() or accumulation leads here
+    SYNC_BACKWARD = "synchronised backward"  # the first other hook leads here; nothing has been launched
+    ROUND = "round"  # ranks have agreed on this backward's round: at the first full bucket, or at the end
+
+
+# Calls before which the groups' numbers must agree: those that lead to an update.
+_WITH_OPTIONS = (Call.STEP, Call.CLOSURE)
+
+
+class GradientSync(Gradients):
+    """Averages the gradients of one optimizer's parameters over the ranks of a communicator.
+
+    Args:
+        comm: the ranks.
+        groups: returns the optimizer's param_groups.
+        names: name of parameters by ``id``, for messages.
+        settings: what the user chose.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        groups: Callable[[], list[dict[str, Any]]],
+        names: dict[int, str],
+        settings: SyncSettings,
+    ) -> None:
+        self.number = -1
+        self.plan_digest = 0
+        self._comm = comm
+        self._groups = groups
+        self._settings = settings
+        self._plan = GradientPlan(groups, names, settings)
+        self._coordinator: Coordinator | None = None
+        self._state = _State.DETACHED
+        self._contributes = True  # False while this rank is in join()
+        self._no_sync_depth = 0
+        self._backwards = 0  # completed since the last synchronised one
+        self._waiting_for: list[set[int]] = []  # per bucket, the parameters whose hook has not fired
+        self._next_launch = 0
+        self._divisor = comm.size
+        self._works: list[Work[None] | None] | None = None  # of the open round that is this object's to run
+        self._backward_alive: Callable[[], object | None] = lambda: None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hook_new_parameters()
+        weakref.finalize(self, _remove_all, self._handles)
+
+    def _hook_new_parameters(self) -> None:
+        reference = weakref.ref(self)
+        for index in range(len(self._handles), len(self._plan.parameters)):
+            self._handles.append(_hook(self._plan.parameters[index], index, reference))
+
+    # What the coordinator asks
+
+    def fingerprint(self) -> Fingerprint:
+        return self._plan.fingerprint()
+
+    def options(self) -> list[NumericOptions]:
+        return [numeric_options(group) for group in self._groups()]
+
+    def pending_mask(self) -> int:
+        return self._plan.pending_mask() if self._contributes else 0
+
+    def replan(self) -> None:
+        self.plan_digest = self._plan.replan(self._channel())
+        self._mark_all_changed()
+
+    def run_round(self, mask: int, divisor: int) -> None:
+        self._begin_round(divisor)
+        for number in range(len(self._plan.buckets)):
+            if mask & bucket_bit(number):
+                self._launch(number)
+        self._complete_round(mask)
+
+    # Calls of the optimizer
+
+    def attach(self) -> None:
+        if self._state is not _State.DETACHED:
+            return
+        self._coordinator = coordinator_of(self._comm)
+        self.plan_digest = self.fingerprint().digest()
+        self._channel()
+        self._coordinator.construct(self, self._what(Call.CONSTRUCT))
+        self._state = _State.IDLE
+        self._lay_out(self._settings.sparse)
+
+    def extend(self) -> None:
+        self.attach()
+        self._plan.list_parameters()
+        self.plan_digest = self.fingerprint().digest()
+        self._meet(Call.ADD_PARAM_GROUP)
+        self._hook_new_parameters()
+        self._lay_out(())
+
+    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
+        self.attach()
+        self.forget_backward()
+        options = options_hash(self._groups()) if call in _WITH_OPTIONS else 0
+        rows = self._meet(call, options, payload)
+        self._backwards = 0
+        return rows
+
+    def serve_joined(self) -> int:
+        self.attach()
+        assert self._coordinator is not None
+        self._contributes = False
+        try:
+            return self._coordinator.serve_joined(self, self._what(Call.JOIN))
+        finally:
+            self._contributes = True
+
+    def forget_backward(self) -> None:
+        if self._state not in (_State.DETACHED, _State.IDLE) and self._backward_alive() is None:
+            self._recover()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._no_sync_depth += 1
+        try:
+            yield
+        finally:
+            self._no_sync_depth -= 1
+
+    # Rounds
+
+    def _begin_round(self, divisor: int) -> None:
+        self._divisor = divisor
+        self._next_launch = 0
+        self._works = [None] * len(self._plan.buckets)
+
+    def _launch(self, number: int) -> None:
+        bucket = self._plan.buckets[number]
+        if self._contributes:
+            bucket.pack()
+        else:
+            bucket.pack_nothing()
+        bucket.changed = False
+        blocking = self._settings.blocking_on(bucket.plan.device)
+        what = f"the reduction for {self._settings.algorithm} of {self._plan.descriptions[number]}"
+        work = self._channel().reduce_bucket(bucket.memory, self._divisor, blocking, what)
+        assert self._works is not None
+        self._works[number] = work
+        if work is None and self._contributes:
+            bucket.reveal()
+
+    def _complete_round(self, mask: int) -> None:
+        """Wait for the launched buckets, then average the sparse gradients."""
+        for number, work in enumerate(self._works or ()):
+            if work is not None:
+                work.wait()
+                if self._contributes:
+                    self._plan.buckets[number].reveal()
+        self._works = None
+        sparse = self._plan.sparse
+        if not sparse or not mask & SPARSE:
+            return
+        parameters = [self._plan.parameters[index] for index in sparse]
+        self._plan.sparse_changed = False
+        means = average_sparse(self._channel(), parameters, self._divisor, self._contributes)
+        if self._contributes:
+            for index, parameter, mean in zip(list(sparse), parameters, means, strict=True):
+                parameter.grad = sparse[index] = mean
+
+    # Backward
+
+    def on_gradient(self, index: int, parameter: torch.Tensor) -> None:
+        """A parameter's gradient has been accumulated."""
+        self.attach()
+        self.forget_backward()
+        if self._state is _State.IDLE:
+            self._begin_backward()
+        number = self._plan.note_gradient(index, parameter)
+        if number is None:
+            return
+        if self._state is _State.LOCAL_BACKWARD or number < self._next_launch:
+            self._plan.buckets[number].changed = True
+            return
+        self._waiting_for[number].discard(index)
+        if number == self._next_launch and not self._waiting_for[number] and self._launches_early():
+            self._launch_full_buckets()
+
+    def _begin_backward(self) -> None:
+        synchronised = self._no_sync_depth == 0 and self._backwards + 1 >= self._settings.accumulation_steps
+        self._state = _State.SYNC_BACKWARD if synchronised else _State.LOCAL_BACKWARD
+        self._next_launch = 0
+        self._backward_alive = when_backward_ends(_end_of_backward, weakref.ref(self))
+        if synchronised:
+            self._waiting_for = [
+                {
+                    slot.index
+                    for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True)
+                    if parameter.requires_grad
+                }
+                for bucket in self._plan.buckets
+            ]
+
+    def _launches_early(self) -> bool:
+        # With several optimizers on these ranks hooks may interleave differently on each of them, so reductions wait
+        # for the end of backward, where they run in the order of the optimizers' numbers.
+        assert self._coordinator is not None
+        return not self._plan.unplanned and self._coordinator.live_members == 1
+
+    def _launch_full_buckets(self) -> None:
+        if self._state is _State.SYNC_BACKWARD:
+            self._open_round(ALL)
+        if self._works is None:
+            return
+        while self._next_launch < len(self._works) and not self._waiting_for[self._next_launch]:
+            self._next_launch += 1
+            self._launch(self._next_launch - 1)
+
+    def _open_round(self, mask: int) -> None:
+        """Agree on a round, which is then this object's to run, unless it had to be run with others' at once."""
+        assert self._coordinator is not None
+        self._channel()
+        what = f"backward() of {self._settings.algorithm} ({self._describe(self._next_launch)})"
+        divisor = self._coordinator.announce_backward(self, mask, what)
+        self._state = _State.ROUND
+        if divisor:
+            self._begin_round(divisor)
+        else:
+            self._next_launch = len(self._plan.buckets)  # whatever arrives from here on is new
+
+    def end_backward(self) -> None:
+        """The backward pass is over: complete the round, and run another one for what came too late for it."""
+        try:
+            if self._state is _State.LOCAL_BACKWARD:
+                self._backwards += 1
+                return
+            if self._state is _State.SYNC_BACKWARD:
+                self._open_round(ALL | (REPLAN if self._plan.unplanned else 0))
+            self._run_open_round(ALL)
+            while late := self._plan.changed_mask():
+                self._open_round(late)
+                self._run_open_round(late)
+            self._backwards = 0
+        finally:
+            self._state = _State.IDLE
+
+    def _run_open_round(self, mask: int) -> None:
+        if self._works is not None:
+            for number in range(self._next_launch, len(self._works)):
+                if mask & bucket_bit(number):
+                    self._launch(number)
+            self._next_launch = len(self._works)
+            self._complete_round(mask)
+
+    def _recover(self) -> None:
+        """The last backward was interrupted by an exception: go on if no other rank has seen it."""
+        seen = self._state is _State.ROUND
+        self._state = _State.IDLE
+        if seen:
+            raise HeatoptError(
+                f"rank {self._comm.rank}: a backward was interrupted after its first bucket had been reduced with the "
+                "other ranks, so this rank cannot skip it alone; let the exception end the job"
+            )
+        self._mark_all_changed()
+
+    # Small parts
+
+    def _mark_all_changed(self) -> None:
+        for bucket in self._plan.buckets:
+            bucket.changed = True
+
+    def _lay_out(self, sparse: tuple[int, ...]) -> None:
+        self.plan_digest = self._plan.lay_out(self._channel(), self._plan.trainable(), sparse)
+
+    def _meet(self, call: Call, options: int = 0, payload: float = 0.0) -> list[Row]:
+        assert self._coordinator is not None
+        self._channel()
+        return self._coordinator.meet(call, self, self._what(call), options, payload)
+
+    def _what(self, call: Call) -> str:
+        return f"{call} of {self._settings.algorithm} ({self._describe(0)})"
+
+    def _describe(self, number: int) -> str:
+        descriptions = self._plan.descriptions
+        return descriptions[number] if number < len(descriptions) else f"{len(self._plan.parameters)} parameters"
+
+    def _channel(self) -> Communicator:
+        """The coordinator's channel, with this optimizer's time-out."""
+        assert self._coordinator is not None
+        channel = self._coordinator.channel
+        channel.timeout = self._settings.timeout or self._comm.timeout
+        return channel
+
+
+def make_gradients(
+    comm: Communicator, groups: Callable[[], list[dict[str, Any]]], names: dict[int, str], settings: SyncSettings
+) -> Gradients:
+    """Return what averages gradients over the ranks of ``comm``; nothing at all for one rank."""
+    return LocalGradients() if comm.size == 1 else GradientSync(comm, groups, names, settings)
+
+
+def _end_of_backward(reference: weakref.ref[GradientSync]) -> None:
+    sync = reference()
+    if sync is not None:
+        sync.end_backward()
+
+
+def _hook(parameter: torch.Tensor, index: int, reference: weakref.ref[GradientSync]) -> torch.utils.hooks.RemovableHandle:
+    def on_gradient(tensor: torch.Tensor) -> None:
+        sync = reference()
+        if sync is not None:
+            sync.on_gradient(index, tensor)
+
+    # torch hooks only what requires a gradient, but the hook outlives freezing: so a parameter that is unfrozen
+    # later is synchronised as any other.
+    frozen = not parameter.requires_grad
+    if frozen:
+        parameter.requires_grad_(True)
+    try:
+        return parameter.register_post_accumulate_grad_hook(on_gradient)
+    finally:
+        if frozen:
+            parameter.requires_grad_(False)
+
+
+def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,162 @@
+"""Which parameter's gradient travels in which bucket, agreed by all ranks, and what of it has not travelled yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from heatopt.buckets import Bucket, ParameterSpec, plan_buckets
+from heatopt.comm import Communicator
+from heatopt.errors import RankMismatchError
+from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, bucket_bit
+from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, first_difference, printable_options
+from heatopt.sync._settings import SyncSettings
+
+__all__ = ["GradientPlan"]
+
+
+class GradientPlan:
+    """The parameters of one optimizer and the buckets that their gradients live in.
+
+    Args:
+        groups: returns the optimizer's param_groups.
+        names: name of parameters by ``id``, for messages; others are called by their group and position.
+        settings: what the user chose.
+    """
+
+    def __init__(self, groups: Callable[[], list[dict[str, Any]]], names: dict[int, str], settings: SyncSettings) -> None:
+        self._groups = groups
+        self._names = names
+        self._settings = settings
+        self.parameters: list[torch.Tensor] = []
+        self.names: list[str] = []
+        self.buckets: list[Bucket] = []
+        self.descriptions: list[str] = []
+        """Number and first names of each bucket, for messages."""
+        self.slot_of: dict[int, int] = {}
+        """Bucket number by parameter index."""
+        self.sparse: dict[int, torch.Tensor | None] = {}
+        """By index of the parameters with sparse gradients: the gradient that the last reduction left."""
+        self.unplanned: set[int] = set()
+        """Parameters that have got a gradient for which the plan has no (fitting) place."""
+        self.sparse_changed = False
+        """True if a sparse gradient has got a contribution that no reduction has seen."""
+        self._outside: list[int] = []
+        self.list_parameters()
+
+    def list_parameters(self) -> None:
+        """Number the parameters in group order; indices of known ones do not change."""
+        self.parameters, self.names = [], []
+        for number, group in enumerate(self._groups()):
+            given = group.get("param_names")
+            for position, parameter in enumerate(group["params"]):
+                fallback = given[position] if given else f"group{number}.param{position}"
+                self.parameters.append(parameter)
+                self.names.append(self._names.get(id(parameter), fallback))
+
+    def trainable(self) -> list[int]:
+        """Indices of the parameters that require a gradient now."""
+        return [index for index, parameter in enumerate(self.parameters) if parameter.requires_grad]
+
+    def fingerprint(self) -> Fingerprint:
+        """What must be equal on all ranks."""
+        group_of = [number for number, group in enumerate(self._groups()) for _ in group["params"]]
+        return Fingerprint(
+            self._settings.printable(),
+            tuple(printable_options(group) for group in self._groups()),
+            tuple(
+                ParameterPrint(name, tuple(p.shape), str(p.dtype), p.device.type, group, self._manner(index))
+                for index, (p, name, group) in enumerate(zip(self.parameters, self.names, group_of, strict=True))
+            ),
+        )
+
+    def _manner(self, index: int) -> str:
+        if index in self.sparse:
+            return "sparse"
+        return "dense" if index in self.slot_of else "no"
+
+    def lay_out(self, channel: Communicator, dense: Iterable[int], sparse: Iterable[int]) -> int:
+        """Add parameters to the plan, the union over ranks, and lay out all buckets anew. Collective.
+
+        Returns:
+            The digest of the new fingerprint.
+
+        Raises:
+            RankMismatchError: the ranks' parameters differ.
+        """
+        wishes = channel.exchange_objects((list(dense), list(sparse)), f"new plan of {self._settings.algorithm}")
+        planned = set(self.slot_of).union(*(wish[0] for wish in wishes))
+        scattered = set(self.sparse).union(*(wish[1] for wish in wishes))
+        specs = [
+            ParameterSpec(index, name, tuple(parameter.shape), parameter.dtype, parameter.device)
+            for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True))
+            if index in planned and index not in scattered
+        ]
+        plans = plan_buckets(specs, self._settings.bucket_bytes)
+        self.slot_of = {slot.index: number for number, plan in enumerate(plans) for slot in plan.slots}
+        self.sparse = {index: self.sparse.get(index) for index in sorted(scattered)}
+        self._outside = [i for i in range(len(self.parameters)) if i not in self.slot_of and i not in self.sparse]
+        self.unplanned.clear()
+        found = self.fingerprint()
+        digests = channel.exchange_objects(found.digest(), "comparison of plans")
+        if any(digest != digests[0] for digest in digests):
+            raise RankMismatchError(f"ranks have different optimizers: {first_difference(channel.exchange_objects(found))}")
+        self.descriptions = [f"bucket {number}: {plan.describe()}" for number, plan in enumerate(plans)]
+        self.buckets = [
+            Bucket(
+                plan,
+                channel.allocate(plan.numel, plan.dtype, plan.device),
+                [self.parameters[slot.index] for slot in plan.slots],
+            )
+            for plan in plans
+        ]
+        return found.digest()
+
+    def replan(self, channel: Communicator) -> int:
+        """Give every unplanned gradient of any rank a place. Collective; see :meth:`lay_out`."""
+        sparse = [index for index in self.unplanned if _is_sparse(self.parameters[index].grad)]
+        return self.lay_out(channel, sorted(self.unplanned), sparse)
+
+    def misplaced(self, index: int, parameter: torch.Tensor) -> bool:
+        """True if the gradient does not fit the slot (any more): the model was converted, or the gradient is sparse."""
+        plan = self.buckets[self.slot_of[index]].plan
+        return parameter.dtype is not plan.dtype or parameter.device != plan.device or _is_sparse(parameter.grad)
+
+    def note_gradient(self, index: int, parameter: torch.Tensor) -> int | None:
+        """A parameter has got a gradient; return its bucket's number, or None after noting it elsewhere."""
+        number = self.slot_of.get(index)
+        if number is not None and not self.misplaced(index, parameter):
+            return number
+        if index in self.sparse:
+            self.sparse_changed = True
+        else:
+            self.unplanned.add(index)
+        return None
+
+    def changed_mask(self) -> int:
+        """What backward has delivered that no reduction has seen: O(buckets)."""
+        mask = SPARSE if self.sparse_changed else 0
+        for number, bucket in enumerate(self.buckets):
+            if bucket.changed:
+                mask |= bucket_bit(number)
+        return mask | ((REPLAN | ALL) if self.unplanned else 0)
+
+    def pending_mask(self) -> int:
+        """The same, and what was set by hand: O(parameters)."""
+        for bucket in self.buckets:
+            if bucket.has_foreign_gradients():
+                bucket.changed = True
+                for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True):
+                    if parameter.grad is not None and self.misplaced(slot.index, parameter):
+                        self.unplanned.add(slot.index)
+        for index, final in self.sparse.items():
+            gradient = self.parameters[index].grad
+            self.sparse_changed |= gradient is not None and gradient is not final
+        self.unplanned.update(index for index in self._outside if self.parameters[index].grad is not None)
+        return self.changed_mask()
+
+
+def _is_sparse(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and gradient.layout is not torch.strided

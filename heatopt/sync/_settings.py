@@ -1,0 +1,45 @@
+"""The choices of a user that the synchronisation needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["SyncSettings"]
+
+
+@dataclass(frozen=True)
+class SyncSettings:
+    """Settings of one optimizer's synchronisation; all but ``timeout`` must be equal on all ranks."""
+
+    algorithm: str
+    """Class name of the torch optimizer."""
+    bucket_mb: float
+    """Size of a bucket in MiB."""
+    accumulation_steps: int
+    """Only every so many-th backward synchronises."""
+    blocking: bool | None
+    """Reduce a bucket before backward goes on; None: for CPU tensors."""
+    timeout: float | None
+    """Seconds; None: the communicator's."""
+    sparse: tuple[int, ...] = ()
+    """Indices of the parameters known to get sparse gradients."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of a bucket in bytes."""
+        return max(int(self.bucket_mb * 2**20), 1)
+
+    def blocking_on(self, device: torch.device) -> bool:
+        """Non-blocking MPI on a CPU is slower than blocking, since the sums need the same cores as the training."""
+        return device.type == "cpu" if self.blocking is None else self.blocking
+
+    def printable(self) -> tuple[tuple[str, str], ...]:
+        """What all ranks must agree on."""
+        return (
+            ("algorithm", self.algorithm),
+            ("bucket_mb", repr(self.bucket_mb)),
+            ("accumulation_steps", repr(self.accumulation_steps)),
+            ("blocking", repr(self.blocking)),
+        )
