@@ -87,7 +87,7 @@ __all__ = [
 for _name in _torch_optim.__all__:
     if _name not in __all__:
         globals()[_name] = getattr(_torch_optim, _name)
-        __all__ += [_name]  # noqa: PLE0604  (names, as torch lists them)
+        __all__ += [_name]
 
 
 def __dir__() -> list[str]:

@@ -45,4 +45,4 @@ __all__ = [
 for _name in _torch_lr_scheduler.__all__:
     if _name not in __all__:
         globals()[_name] = getattr(_torch_lr_scheduler, _name)
-        __all__ += [_name]  # noqa: PLE0604  (names, as torch lists them)
+        __all__ += [_name]

@@ -113,7 +113,9 @@ def _reduce_by_owners(comm: Communicator, part: torch.Tensor, op: str, divisor: 
         part.copy_(padded[: part.numel()])
 
 
-def reduce_scatter_rows(comm: Communicator, rows: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[torch.Tensor]:
+def reduce_scatter_rows(
+    comm: Communicator, rows: torch.Tensor, op: str, divisor: int, blocking: bool
+) -> Steps[torch.Tensor]:
     """Reduce ``rows`` (size x elements, contiguous) and return this rank's row."""
     values = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
     if rows.dtype == torch.bool:

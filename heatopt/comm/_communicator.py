@@ -181,7 +181,9 @@ class Communicator(ABC):
         return self  # A copy of whatever holds a communicator talks to the same ranks.
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a communicator belongs to its process and cannot be pickled; call heatopt.world() in the other one")
+        raise TypeError(
+            "a communicator belongs to its process and cannot be pickled; call heatopt.world() in the other one"
+        )
 
     # What the layers above use: no agreement check, since their plans are fingerprinted.
 
@@ -281,7 +283,11 @@ class Communicator(ABC):
             )
         self._agree_on_tensor(f"reduce_scatter {op}", tensor)
         shape = (tensor.shape[0] // self.size, *tensor.shape[1:])
-        rows = tensor.detach().contiguous().view(self.size, -1) if tensor.numel() else tensor.detach().reshape(self.size, 0)
+        rows = (
+            tensor.detach().contiguous().view(self.size, -1)
+            if tensor.numel()
+            else tensor.detach().reshape(self.size, 0)
+        )
         divisor = self.size if op == "mean" else 1
         own = yield from collectives.reduce_scatter_rows(self, rows, op, divisor, blocking)
         return own.view(shape)
@@ -314,9 +320,13 @@ class Communicator(ABC):
         if op not in collectives.REDUCE_OPS:
             raise ValueError(f"op must be one of {collectives.REDUCE_OPS}, got {op!r}")
         if tensor.layout != torch.strided or tensor.dtype not in collectives.REDUCIBLE:
-            raise TypeError(f"cannot reduce a tensor of layout {tensor.layout} and dtype {tensor.dtype}; convert it first")
+            raise TypeError(
+                f"cannot reduce a tensor of layout {tensor.layout} and dtype {tensor.dtype}; convert it first"
+            )
         if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(f"the mean of {tensor.dtype} is not of that dtype; convert the tensor to a floating dtype first")
+            raise TypeError(
+                f"the mean of {tensor.dtype} is not of that dtype; convert the tensor to a floating dtype first"
+            )
         if op in ("max", "min") and tensor.is_complex():
             raise TypeError(f"complex numbers have no {op}; reduce tensor.abs() instead")
 

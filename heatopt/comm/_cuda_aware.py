@@ -40,7 +40,11 @@ def mpi_reads_cuda_memory() -> bool:
     """True if a transfer of device memory worked; asked once per process, at the first CUDA tensor."""
     try:
         probe = subprocess.run(
-            [sys.executable, "-c", _PROBE], env=_singleton_environment(), capture_output=True, timeout=120, check=False
+            [sys.executable, "-c", _PROBE],
+            env=_singleton_environment(),
+            capture_output=True,
+            timeout=120,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -92,11 +92,11 @@ def _open_world() -> Communicator:
 
 
 def _open_torchrun() -> Communicator:
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     from heatopt.comm._torch import TorchCommunicator
 
-    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store, rank, size = next(iter(rendezvous("env://")))
     return TorchCommunicator(store, rank, size)
 
 

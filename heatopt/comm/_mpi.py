@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._cuda_aware import mpi_reads_cuda_memory
-from heatopt.comm._exit import end_job_on_exit, end_job_on_exception
+from heatopt.comm._exit import end_job_on_exception, end_job_on_exit
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
@@ -94,7 +94,9 @@ class MPICommunicator(Communicator):
         base = MPI.COMM_WORLD if comm is None else comm
         self._open(base, default_timeout() if timeout is None else timeout, "world", tuple(range(base.size)), None)
 
-    def _open(self, base: MPI.Intracomm, timeout: float, name: str, members: tuple[int, ...], dog: Watchdog | None) -> None:
+    def _open(
+        self, base: MPI.Intracomm, timeout: float, name: str, members: tuple[int, ...], dog: Watchdog | None
+    ) -> None:
         # Two lanes, because first and later stages of a collective need an order of their own.
         self._lanes = (base.Dup(), base.Dup())
         neighbours = base.Split_type(MPI.COMM_TYPE_SHARED)
@@ -184,7 +186,7 @@ class MPICommunicator(Communicator):
     def _subgroups(self, groups: list[list[int]]) -> Communicator:
         self._children += 1
         color = next(index for index, group in enumerate(groups) if self.rank in group)
-        base = self._lanes[0].Split(color, groups[color].index(self.rank))
+        base: Any = self._lanes[0].Split(color, groups[color].index(self.rank))
         child = MPICommunicator.__new__(MPICommunicator)
         members = tuple(self._members[rank] for rank in groups[color])
         child._open(base, self.timeout, f"{self._name}.{self._children}", members, self._watchdog)

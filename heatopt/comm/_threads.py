@@ -84,7 +84,9 @@ class ThreadWorld:
                 self._gone[rank] = reason
                 self._changed.notify_all()
 
-        threads = [threading.Thread(target=body, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(self.size)]
+        threads = [
+            threading.Thread(target=body, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(self.size)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -9,21 +9,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._exit import end_job_on_exception, end_job_on_exit
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
-from heatopt.comm._work import COMPLETED, Request
+from heatopt.comm._work import Request
 from heatopt.errors import RankFailedError
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 __all__ = ["TorchCommunicator", "rendezvous_store"]
+
+dist: Any = torch.distributed  # which does not export its C++ classes to type checkers
 
 T = TypeVar("T")
 
@@ -51,14 +56,14 @@ class _TorchRequest(Request):
 class _StoreBulletin(Bulletin):
     """A log of posts in the group's key-value store."""
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int) -> None:
         self._store = dist.PrefixStore("heatopt/bulletin", store)
         self._rank = rank
         self._read = 0
 
     def post(self, snapshot: Snapshot) -> None:
         number = self._store.add("posts", 1)
-        self._store.set(f"post/{number}", pickle.dumps(snapshot))  # type: ignore[arg-type]  # bytes are accepted
+        self._store.set(f"post/{number}", pickle.dumps(snapshot))
 
     def poll(self) -> list[Snapshot]:
         count = self._store.add("posts", 0)
@@ -84,7 +89,7 @@ class TorchCommunicator(Communicator):
 
     def __init__(
         self,
-        store: dist.Store | None = None,
+        store: Store | None = None,
         rank: int | None = None,
         size: int | None = None,
         *,
@@ -93,8 +98,14 @@ class TorchCommunicator(Communicator):
     ) -> None:
         if store is None:
             if not dist.is_initialized():
-                raise ValueError("TorchCommunicator needs a store with rank and size, or an initialised default process group")
-            store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+                raise ValueError(
+                    "TorchCommunicator needs a store with rank and size, or an initialised default process group"
+                )
+            store, rank, size = (
+                dist.distributed_c10d._get_default_store(),
+                dist.get_rank(),
+                dist.get_world_size(),
+            )
             nccl = "nccl" in dist.get_backend() if nccl is None else nccl
         if rank is None or size is None:
             raise ValueError("TorchCommunicator needs rank and size with a store")
@@ -103,7 +114,13 @@ class TorchCommunicator(Communicator):
         self._open(store, "world", tuple(range(size)), rank, timeout, None)
 
     def _open(
-        self, store: dist.Store, name: str, members: tuple[int, ...], rank: int, timeout: float, dog: Watchdog | None
+        self,
+        store: Store,
+        name: str,
+        members: tuple[int, ...],
+        rank: int,
+        timeout: float,
+        dog: Watchdog | None,
     ) -> None:
         self._store = store
         self._name = name
@@ -212,12 +229,12 @@ class TorchCommunicator(Communicator):
             enough = dist.is_nccl_available() and torch.cuda.device_count() >= self.node_size
             self._nccl_wanted = all(self.exchange_objects(enough, "choice of NCCL"))
         if self._nccl_wanted and self._nccl_lanes is None:
-            self._nccl_lanes = tuple(  # type: ignore[assignment]
-                dist.ProcessGroupNCCL(  # type: ignore[attr-defined]  # only in builds with NCCL
+            self._nccl_lanes = tuple(
+                dist.ProcessGroupNCCL(
                     dist.PrefixStore(f"heatopt/nccl/{self._name}/{lane}", self._store),
                     self.rank,
                     self.size,
-                    dist.ProcessGroupNCCL.Options(),  # type: ignore[attr-defined]
+                    dist.ProcessGroupNCCL.Options(),
                 )
                 for lane in (0, 1)
             )
@@ -238,7 +255,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def rendezvous_store(comm: Communicator) -> dist.Store:
+def rendezvous_store(comm: Communicator) -> Store:
     """Make a store that all ranks of ``comm`` (MPI, say) reach, hosted by its rank 0; no environment variable needed.
 
     ``TorchCommunicator(rendezvous_store(comm), comm.rank, comm.size)`` gives NCCL and gloo under mpirun, and
@@ -249,9 +266,9 @@ def rendezvous_store(comm: Communicator) -> dist.Store:
     master = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit) if comm.rank == 0 else None
     address = comm.broadcast_object((host, master.port) if master else None)
     if master is not None:
-        return master
+        return cast("Store", master)
     assert address is not None
-    return dist.TCPStore(address[0], address[1], is_master=False, wait_for_workers=False, timeout=limit)
+    return cast("Store", dist.TCPStore(address[0], address[1], is_master=False, wait_for_workers=False, timeout=limit))
 
 
 def _reachable_host(comm: Communicator) -> str:

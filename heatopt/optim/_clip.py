@@ -24,10 +24,13 @@ def clip_gradients(
     if not values:
         return torch.tensor(0.0)
     norms = [
-        torch.linalg.vector_norm(value, norm_type, dtype=torch.float32 if value.dtype in _HALF else None) for value in values
+        torch.linalg.vector_norm(value, norm_type, dtype=torch.float32 if value.dtype in _HALF else None)
+        for value in values
     ]
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    total = torch.linalg.vector_norm(torch.stack([norm.to(values[0].device, widest) for norm in norms]), norm_type)
+    total: torch.Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(values[0].device, widest) for norm in norms]), norm_type
+    )
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"the {norm_type:g}-norm of the gradients is {total.item()}, so they cannot be clipped; "

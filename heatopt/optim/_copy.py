@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["optimizer_from_contents", "optimizer_contents"]
+__all__ = ["optimizer_contents", "optimizer_from_contents"]
 
 # Hooks belong to the objects that registered them, and a scheduler's replacement of `step` to that scheduler.
 _NOT_COPIED = ("step", "_zero_grad_profile_name")
 
 
-def optimizer_contents(optimizer: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def optimizer_contents(
+    optimizer: torch.optim.Optimizer,
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Class and attributes of ``optimizer``; more than its own pickling keeps, which loses LBFGS's parameter list."""
     kept = {
         key: value

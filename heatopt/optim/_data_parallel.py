@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -23,8 +23,17 @@ __all__ = ["DataParallelOptimizer"]
 
 Closure = Callable[[], Any]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _outside_graphs(function: Function) -> Function:
+    """Keep a method out of compiled graphs, where collectives have no place; torch.optim decorates its own so."""
+    outside: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    return outside
+
+
 # Wrapper of each parameter, so that no gradient is averaged by two of them.
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_owners: Any = WeakIdKeyDictionary()
 
 
 class DataParallelOptimizer(torch.optim.Optimizer):
@@ -34,23 +43,25 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     With a mean loss and equal batches on each rank this is the training of one process with the whole batch, for every
     algorithm. Gradients are averages, in ``p.grad``, when ``backward()`` returns, so clipping, inspection and
-    ``GradScaler`` need no extra call. ``step()`` averages what no hook saw: gradients set by hand, and those of ranks
-    whose loss touched no parameter. A gradient that no rank has stays ``None``; a rank without one counts as zero.
+    ``GradScaler`` need no extra call. ``step()`` averages what no hook saw: gradients set by hand, and those of
+    ranks whose loss touched no parameter. A gradient that no rank has stays ``None``; a rank without one counts as
+    zero.
 
     The wrapper is a :class:`torch.optim.Optimizer`; ``param_groups``, ``state`` and ``defaults`` are the wrapped
-    optimizer's own objects. Construction is collective: it compares the optimizers of all ranks and broadcasts rank 0's
-    parameters and optimizer state. ``step``, ``synchronize``, ``clip_grad_norm_`` and ``add_param_group`` are collective.
+    optimizer's own objects. Construction is collective: it compares the optimizers of all ranks and broadcasts rank
+    0's parameters and optimizer state. ``step``, ``synchronize``, ``clip_grad_norm_`` and ``add_param_group`` are
+    collective.
 
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
-        blocking: reduce each bucket of gradients before backward goes on (True), or while it goes on (False). The results
-            are bit-identical. Default (None): True for CPU tensors, False for CUDA tensors.
+        blocking: reduce each bucket of gradients before backward goes on (True), or while it goes on (False). The
+            results are bit-identical. Default (None): True for CPU tensors, False for CUDA tensors.
         model: the module that the parameters belong to: gives names for messages, broadcasts its buffers and its other
             parameters too, and tells which embeddings have sparse gradients.
         comm: the ranks; default :func:`heatopt.world`.
         bucket_mb: size of a bucket, in MiB. The results do not depend on it.
-        accumulation_steps: only every so many-th backward synchronises; the gradients of the ones between add up locally,
-            as in plain torch, so divide the loss accordingly. ``step()`` belongs after the last of them.
+        accumulation_steps: only every so many-th backward synchronises; the gradients of the ones between add up
+            locally, as in plain torch, so divide the loss accordingly. ``step()`` belongs after the last of them.
         timeout: seconds after which a waiting rank gives up and names those that are late; 0: never.
             Default: ``HEATOPT_TIMEOUT`` or 600.
 
@@ -79,7 +90,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     ) -> None:
         settings = check_arguments(torch_optimizer, blocking, model, comm, bucket_mb, accumulation_steps, timeout)
         if isinstance(torch_optimizer, DataParallelOptimizer):
-            raise ValueError("torch_optimizer is a DataParallelOptimizer already; wrap its .torch_optimizer, or use it as it is")
+            raise ValueError("torch_optimizer is a DataParallelOptimizer already; use it as it is")
         names = parameter_names(model)
         self._refuse_owned([p for group in torch_optimizer.param_groups for p in group["params"]], names)
         self._assemble(torch_optimizer, world() if comm is None else comm, names, settings)
@@ -87,7 +98,11 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self._start_equal(model)
 
     def _assemble(
-        self, torch_optimizer: torch.optim.Optimizer, comm: Communicator, names: dict[int, str], settings: SyncSettings
+        self,
+        torch_optimizer: torch.optim.Optimizer,
+        comm: Communicator,
+        names: dict[int, str],
+        settings: SyncSettings,
     ) -> None:
         """Set every attribute. torch's own constructor is not called: it would add the parameter groups again."""
         self.torch_optimizer = torch_optimizer
@@ -119,8 +134,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         for rank, count in enumerate(counts):
             if count != counts[0]:
                 raise RankMismatchError(
-                    f"optimizer state: rank 0 has it for {counts[0]} parameters, rank {rank} for {count}; load it on all "
-                    "ranks before the construction, or on rank 0 after it and call heatopt.broadcast_optimizer_state"
+                    f"optimizer state: rank 0 has it for {counts[0]} parameters, rank {rank} for {count}; load it on "
+                    "all ranks before the construction, or on rank 0 after it and call broadcast_optimizer_state"
                 )
         if counts[0]:
             broadcast_state(self._comm, self.torch_optimizer, 0)
@@ -141,7 +156,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     # The wrapped optimizer's own objects, always.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]  # torch declares an attribute
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's parameter groups, the very list."""
         return self.torch_optimizer.param_groups
 
@@ -150,7 +165,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self.torch_optimizer.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]  # torch declares an attribute
+    def state(self) -> Any:
         """The wrapped optimizer's state, the very dictionary."""
         return self.torch_optimizer.state
 
@@ -159,7 +174,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self.torch_optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]  # torch declares an attribute
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults, the very dictionary."""
         return self.torch_optimizer.defaults
 
@@ -169,8 +184,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     # Training
 
-    @torch._disable_dynamo  # collectives have no place in a compiled graph
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]  # torch's overloads
+    @_outside_graphs
+    def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters with the averaged gradients. Collective.
 
         Args:
@@ -192,7 +207,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             changed = pre_hook(self, arguments, keywords)
             if changed is not None:
                 arguments, keywords = changed
-        result = self.torch_optimizer.step(*map(self._averaging, arguments[1:]), **keywords)
+        inner_step: Callable[..., Any] = self.torch_optimizer.step
+        result = inner_step(*map(self._averaging, arguments[1:]), **keywords)
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, arguments, keywords)
         return result
@@ -250,7 +266,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """
         self._gradients.settle(Call.SYNCHRONIZE)
 
-    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> torch.Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
         """Scale the averaged gradients so that their joint norm is at most ``max_norm``. Collective.
 
         Args:
@@ -269,7 +287,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""
         return max(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))
 
-    @torch._disable_dynamo
+    @_outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters and broadcast rank 0's values of them. Collective.
 
@@ -305,7 +323,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    @torch._disable_dynamo
+    @_outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Do so on all ranks."""
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -24,7 +24,11 @@ class GradScaler(torch.amp.GradScaler):
         super().unscale_(optimizer)
 
     def _unscale_grads_(
-        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+        self,
+        optimizer: torch.optim.Optimizer,
+        inv_scale: torch.Tensor,
+        found_inf: torch.Tensor,
+        allow_fp16: bool,
     ) -> dict[torch.device, torch.Tensor]:
         if not isinstance(optimizer, DataParallelOptimizer):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

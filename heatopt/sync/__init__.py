@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from heatopt.sync._broadcast import average_tensors, broadcast_state, broadcast_tensors
 from heatopt.sync._coordinator import Call, Row
-from heatopt.sync._gradients import Gradients, make_gradients
+from heatopt.sync._gradients import make_gradients
+from heatopt.sync._local import Gradients
 from heatopt.sync._settings import SyncSettings
 
 __all__ = [

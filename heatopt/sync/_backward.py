@@ -20,7 +20,7 @@ class _Callback:
         self._token = token
 
     def __call__(self) -> None:
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         if node is None:
             self._function(self._argument)
         else:
@@ -38,7 +38,9 @@ class _Callback:
                 handles.pop().remove()
             _queue(self)
 
-        handles.extend(next_node.register_prehook(requeue) for next_node, _ in node.next_functions if next_node is not None)
+        handles.extend(
+            next_node.register_prehook(requeue) for next_node, _ in node.next_functions if next_node is not None
+        )
 
 
 class _Token:
@@ -46,7 +48,7 @@ class _Token:
 
 
 def _queue(callback: _Callback) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def when_backward_ends(function: Callable[[Any], None], argument: Any) -> Callable[[], object | None]:

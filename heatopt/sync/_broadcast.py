@@ -73,7 +73,10 @@ def broadcast_state(comm: Communicator, optimizer: torch.optim.Optimizer, root: 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mine = [_skeleton(optimizer.state[p]) if p in optimizer.state else None for p in parameters]
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    theirs, their_options = comm.exchange_objects((mine, options) if comm.rank == root else None)[root] or (mine, options)
+    theirs, their_options = comm.exchange_objects((mine, options) if comm.rank == root else None)[root] or (
+        mine,
+        options,
+    )
     tensors: list[torch.Tensor] = []
     for parameter, wanted in zip(parameters, theirs, strict=True):
         if wanted is None:
@@ -114,7 +117,10 @@ def _skeleton(value: Any) -> Any:
 def _fill(present: Any, wanted: Any, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
     """Return ``wanted`` with memory for its tensors, which are appended to ``tensors`` in a fixed order."""
     if isinstance(wanted, _Placeholder):
-        fits = isinstance(present, torch.Tensor) and (tuple(present.shape), present.dtype) == (wanted.shape, wanted.dtype)
+        fits = isinstance(present, torch.Tensor) and (tuple(present.shape), present.dtype) == (
+            wanted.shape,
+            wanted.dtype,
+        )
         device = torch.device("cpu") if wanted.on_cpu else parameter.device
         target = present if fits else torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
         tensors.append(target)

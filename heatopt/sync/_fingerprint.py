@@ -37,7 +37,8 @@ class ParameterPrint:
     """"dense", "sparse" or "no" (frozen so far)."""
 
     def __str__(self) -> str:
-        return f"{self.name!r} of shape {self.shape}, {self.dtype}, on {self.device}, in group {self.group}"
+        place = f"{self.name!r} of shape {self.shape}, {self.dtype}, on {self.device}, in group {self.group}"
+        return place if self.synchronised == "dense" else f"{place}, synchronised: {self.synchronised}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Fingerprint:
 
 def printable_options(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """A group's options as text; tensors on a GPU only by their kind, because reading them would wait for the GPU."""
-    return tuple((key, _printable(value)) for key, value in sorted(group.items()) if key not in ("params", "param_names"))
+    return tuple(
+        (key, _printable(value)) for key, value in sorted(group.items()) if key not in ("params", "param_names")
+    )
 
 
 def _printable(value: Any) -> str:
@@ -95,28 +98,24 @@ def first_difference(prints: Sequence[Fingerprint]) -> str:
         return "the ranks' parameters changed while they were being compared"
     ours, theirs = prints[0], prints[other]
     if ours.settings != theirs.settings:
-        for (name, value), (_, found) in zip(ours.settings, theirs.settings, strict=False):
-            if value != found:
-                return f"setting {name}: rank 0 has {value}, rank {other} has {found}"
+        for (name, value), (_, found_value) in zip(ours.settings, theirs.settings, strict=False):
+            if value != found_value:
+                return f"setting {name}: rank 0 has {value}, rank {other} has {found_value}"
     if len(ours.parameters) == len(theirs.parameters):
         same_names = sorted(p.name for p in ours.parameters) == sorted(p.name for p in theirs.parameters)
         for position, (mine, found) in enumerate(zip(ours.parameters, theirs.parameters, strict=True)):
             if mine != found:
                 hint = "; the same names in another order" if same_names and mine.name != found.name else ""
-                if (mine.name, mine.shape, mine.dtype, mine.device, mine.group) == (
-                    found.name, found.shape, found.dtype, found.device, found.group,
-                ):  # fmt: skip
-                    hint = f"; synchronised as {mine.synchronised} on rank 0, {found.synchronised} on rank {other}"
                 return f"parameter {position}: rank 0 has {mine}, rank {other} has {found}{hint}"
     else:
         return _describe_count(ours, theirs, other)
     if len(ours.groups) != len(theirs.groups):
         return f"number of parameter groups: rank 0 has {len(ours.groups)}, rank {other} has {len(theirs.groups)}"
-    for index, (mine_group, found_group) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
-        for key, value in mine_group:
-            found_value = dict(found_group).get(key)
-            if value != found_value:
-                return f"option {key!r} of parameter group {index}: rank 0 has {value}, rank {other} has {found_value}"
+    for index, (ours_group, theirs_group) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
+        for key, value in ours_group:
+            theirs_value = dict(theirs_group).get(key)
+            if value != theirs_value:
+                return f"option {key!r} of parameter group {index}: rank 0 has {value}, rank {other} has {theirs_value}"
     return f"rank 0 and rank {other} have different parameter groups"
 
 
@@ -124,7 +123,9 @@ def _describe_count(ours: Fingerprint, theirs: Fingerprint, other: int) -> str:
     mine, found = ours.parameters, theirs.parameters
     shorter = min(len(mine), len(found))
     position = next((i for i in range(shorter) if mine[i] != found[i]), shorter)
-    text = f"number of parameters: rank 0 has {len(mine)}, rank {other} has {len(found)}; the first difference is parameter "
-    at_zero = mine[position] if position < len(mine) else "no parameter"
-    at_other = found[position] if position < len(found) else "no parameter"
-    return f"{text}{position}: rank 0 has {at_zero}, rank {other} has {at_other}"
+    at_zero = mine[position] if position < len(mine) else "none"
+    at_other = found[position] if position < len(found) else "none"
+    return (
+        f"number of parameters: rank 0 has {len(mine)}, rank {other} has {len(found)}; the first difference is "
+        f"parameter {position}: rank 0 has {at_zero}, rank {other} has {at_other}"
+    )

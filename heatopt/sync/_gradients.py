@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -16,61 +15,12 @@ from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, Call, Coordinator, Row, bucket_bit, coordinator_of
 from heatopt.sync._fingerprint import Fingerprint, NumericOptions, numeric_options, options_hash
+from heatopt.sync._local import Gradients, LocalGradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._sparse import average_sparse
 
-__all__ = ["GradientSync", "Gradients", "LocalGradients", "make_gradients"]
-
-
-class Gradients(ABC):
-    """What an optimizer needs of the gradients of its parameters."""
-
-    @abstractmethod
-    def attach(self) -> None:
-        """Meet the other ranks' instances, once. Collective."""
-
-    @abstractmethod
-    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
-        """Return, with the rows of all ranks, when all ranks are in ``call`` and all gradients are averages."""
-
-    @abstractmethod
-    def extend(self) -> None:
-        """Parameters were added to the groups. Collective."""
-
-    @abstractmethod
-    def serve_joined(self) -> int:
-        """Take part without data until all ranks do; return the lowest rank that trained last."""
-
-    @abstractmethod
-    def forget_backward(self) -> None:
-        """Gradients are about to be cleared: give up what an interrupted backward has left."""
-
-    @abstractmethod
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Gradients of backward calls inside stay local."""
-
-
-class LocalGradients(Gradients):
-    """One process: its gradients are the averages."""
-
-    def attach(self) -> None:
-        pass
-
-    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
-        return [Row(call, 0, 0, 0, 0, payload)]
-
-    def extend(self) -> None:
-        pass
-
-    def serve_joined(self) -> int:
-        return 0
-
-    def forget_backward(self) -> None:
-        pass
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        return nullcontext()
+__all__ = ["GradientSync", "make_gradients"]
 
 
 class _State(Enum):
@@ -365,7 +315,10 @@ class GradientSync(Gradients):
 
 
 def make_gradients(
-    comm: Communicator, groups: Callable[[], list[dict[str, Any]]], names: dict[int, str], settings: SyncSettings
+    comm: Communicator,
+    groups: Callable[[], list[dict[str, Any]]],
+    names: dict[int, str],
+    settings: SyncSettings,
 ) -> Gradients:
     """Return what averages gradients over the ranks of ``comm``; nothing at all for one rank."""
     return LocalGradients() if comm.size == 1 else GradientSync(comm, groups, names, settings)
@@ -377,7 +330,9 @@ def _end_of_backward(reference: weakref.ref[GradientSync]) -> None:
         sync.end_backward()
 
 
-def _hook(parameter: torch.Tensor, index: int, reference: weakref.ref[GradientSync]) -> torch.utils.hooks.RemovableHandle:
+def _hook(
+    parameter: torch.Tensor, index: int, reference: weakref.ref[GradientSync]
+) -> torch.utils.hooks.RemovableHandle:
     def on_gradient(tensor: torch.Tensor) -> None:
         sync = reference()
         if sync is not None:
@@ -389,7 +344,8 @@ def _hook(parameter: torch.Tensor, index: int, reference: weakref.ref[GradientSy
     if frozen:
         parameter.requires_grad_(True)
     try:
-        return parameter.register_post_accumulate_grad_hook(on_gradient)
+        handle: torch.utils.hooks.RemovableHandle = parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]  # torch's decorator
+        return handle
     finally:
         if frozen:
             parameter.requires_grad_(False)

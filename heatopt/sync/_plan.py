@@ -26,7 +26,9 @@ class GradientPlan:
         settings: what the user chose.
     """
 
-    def __init__(self, groups: Callable[[], list[dict[str, Any]]], names: dict[int, str], settings: SyncSettings) -> None:
+    def __init__(
+        self, groups: Callable[[], list[dict[str, Any]]], names: dict[int, str], settings: SyncSettings
+    ) -> None:
         self._groups = groups
         self._names = names
         self._settings = settings
@@ -102,7 +104,9 @@ class GradientPlan:
         found = self.fingerprint()
         digests = channel.exchange_objects(found.digest(), "comparison of plans")
         if any(digest != digests[0] for digest in digests):
-            raise RankMismatchError(f"ranks have different optimizers: {first_difference(channel.exchange_objects(found))}")
+            raise RankMismatchError(
+                f"ranks have different optimizers: {first_difference(channel.exchange_objects(found))}"
+            )
         self.descriptions = [f"bucket {number}: {plan.describe()}" for number, plan in enumerate(plans)]
         self.buckets = [
             Bucket(

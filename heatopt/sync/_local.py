@@ -1,0 +1,60 @@
+"""What an optimizer needs of its parameters' gradients, and the case of one process, where nothing is to be done."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+
+from heatopt.sync._coordinator import Call, Row
+
+__all__ = ["Gradients", "LocalGradients"]
+
+
+class Gradients(ABC):
+    """What an optimizer needs of the gradients of its parameters."""
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Meet the other ranks' instances, once. Collective."""
+
+    @abstractmethod
+    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
+        """Return, with the rows of all ranks, when all ranks are in ``call`` and all gradients are averages."""
+
+    @abstractmethod
+    def extend(self) -> None:
+        """Parameters were added to the groups. Collective."""
+
+    @abstractmethod
+    def serve_joined(self) -> int:
+        """Take part without data until all ranks do; return the lowest rank that trained last."""
+
+    @abstractmethod
+    def forget_backward(self) -> None:
+        """Gradients are about to be cleared: give up what an interrupted backward has left."""
+
+    @abstractmethod
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients of backward calls inside stay local."""
+
+
+class LocalGradients(Gradients):
+    """One process: its gradients are the averages."""
+
+    def attach(self) -> None:
+        pass
+
+    def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
+        return [Row(call, 0, 0, 0, 0, payload)]
+
+    def extend(self) -> None:
+        pass
+
+    def serve_joined(self) -> int:
+        return 0
+
+    def forget_backward(self) -> None:
+        pass
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
