@@ -88,6 +88,7 @@ for _name in _torch_optim.__all__:
     if _name not in __all__:
         globals()[_name] = getattr(_torch_optim, _name)
         __all__ += [_name]
+__all__.sort()
 
 
 def __dir__() -> list[str]:

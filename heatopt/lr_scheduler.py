@@ -46,3 +46,8 @@ for _name in _torch_lr_scheduler.__all__:
     if _name not in __all__:
         globals()[_name] = getattr(_torch_lr_scheduler, _name)
         __all__ += [_name]
+__all__.sort()
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from mpi4py import MPI
 
 from heatopt.comm._communicator import Communicator, Words
@@ -18,6 +19,7 @@ from heatopt.comm._cuda_aware import mpi_reads_cuda_memory
 from heatopt.comm._exit import end_job_on_exception, end_job_on_exit
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
+from heatopt.comm._torch import TorchCommunicator, rendezvous_store
 from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
 from heatopt.comm._work import COMPLETED, Request
 
@@ -87,7 +89,8 @@ class MPICommunicator(Communicator):
         comm: an mpi4py intracommunicator; duplicated, so that traffic of the user's never meets heatopt's. Collective.
         timeout: seconds; default ``HEATOPT_TIMEOUT`` or 600.
 
-    CUDA tensors travel through host memory, unless MPI was seen to read device memory.
+    CUDA tensors travel through NCCL where each rank of a node has a GPU of its own, else through MPI: from device
+    memory if a real transfer showed that this MPI can read it, else through host memory.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, timeout: float | None = None) -> None:
@@ -113,6 +116,8 @@ class MPICommunicator(Communicator):
         if self.size > 1:
             end_job_on_exception(base.rank, self._end_job)
         self._watchdog = dog
+        self._nccl: Communicator | None = None
+        self._nccl_decided = False
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
         sys.stderr.write(f"heatopt: {message}\n")
@@ -141,14 +146,28 @@ class MPICommunicator(Communicator):
             self._watchdog.end()
 
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
-        if flat.device.type == "cpu" or mpi_reads_cuda_memory():
+        if flat.device.type == "cpu" or self._nccl_of(flat) is not None or mpi_reads_cuda_memory():
             return flat
         return flat.to("cpu")
+
+    def _nccl_of(self, tensor: torch.Tensor) -> Communicator | None:
+        """What carries a tensor on the device, if it is not MPI. Collective at the first CUDA tensor."""
+        if tensor.device.type == "cuda" and not self._nccl_decided:
+            self._nccl_decided = True
+            own = (self.node_index, str(torch.cuda.get_device_properties(tensor.device).uuid), dist.is_nccl_available())
+            gpus = self.exchange_objects(own, "choice of NCCL")
+            # NCCL refuses two ranks on one GPU.
+            if all(gpu[2] for gpu in gpus) and len(set(gpus)) == self.size > 1:
+                store = rendezvous_store(self)
+                self._nccl = TorchCommunicator.beside(store, self._name, self.rank, self.size, self.timeout)
+        return self._nccl if tensor.device.type == "cuda" else None
 
     def _has_native_sum(self, dtype: torch.dtype) -> bool:
         return self.size <= 2 and dtype in _NATIVE_SUM
 
     def _native_sum(self, flat: torch.Tensor, blocking: bool) -> Request:
+        if (nccl := self._nccl_of(flat)) is not None:
+            return nccl._native_sum(flat, blocking)
         buffer = _buffer(flat)
         if blocking:
             self._lanes[0].Allreduce(MPI.IN_PLACE, buffer, op=MPI.SUM)
@@ -156,6 +175,8 @@ class MPICommunicator(Communicator):
         return _MPIRequest(self._lanes[0].Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM), flat)
 
     def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        if (nccl := self._nccl_of(send)) is not None:
+            return nccl._all_to_all(send, receive, lane, blocking)
         buffers = _bytes(send), _bytes(receive)
         if blocking:
             self._lanes[lane].Alltoall(*buffers)
@@ -163,6 +184,8 @@ class MPICommunicator(Communicator):
         return _MPIRequest(self._lanes[lane].Ialltoall(*buffers), send, receive)
 
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
+        if (nccl := self._nccl_of(send)) is not None:
+            return nccl._all_gather(send, receive, lane, blocking)
         buffers = _bytes(send), _bytes(receive)
         if blocking:
             self._lanes[lane].Allgather(*buffers)
@@ -170,6 +193,8 @@ class MPICommunicator(Communicator):
         return _MPIRequest(self._lanes[lane].Iallgather(*buffers), send, receive)
 
     def _broadcast(self, flat: torch.Tensor, root: int, blocking: bool) -> Request:
+        if (nccl := self._nccl_of(flat)) is not None:
+            return nccl._broadcast(flat, root, blocking)
         if blocking:
             self._lanes[0].Bcast(_bytes(flat), root=root)
             return COMPLETED

@@ -52,7 +52,7 @@ class ThreadWorld:
         [3, 3]
     """
 
-    def __init__(self, size: int, timeout: float = 30.0, ranks_per_node: int | None = None) -> None:
+    def __init__(self, size: int, timeout: float = 30.0, *, ranks_per_node: int | None = None) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size must be an integer >= 1, got {size!r}")
         self.size = size

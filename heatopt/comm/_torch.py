@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import socket
@@ -37,6 +38,8 @@ _GLOO_GRACE = 60.0
 _YEAR = 365 * 86400.0
 # Gloo notices a closed connection at once, the reason arrives on the bulletin a moment later.
 _NEWS_SECONDS = 2.0
+# Keys in a store must not repeat; all ranks make their communicators in the same order.
+_worlds = itertools.count()
 
 
 class _TorchRequest(Request):
@@ -87,6 +90,8 @@ class TorchCommunicator(Communicator):
         ValueError: neither a store nor an initialised default process group.
     """
 
+    _watchdog: Watchdog | None
+
     def __init__(
         self,
         store: Store | None = None,
@@ -111,7 +116,23 @@ class TorchCommunicator(Communicator):
             raise ValueError("TorchCommunicator needs rank and size with a store")
         timeout = default_timeout() if timeout is None else timeout
         self._nccl_wanted = nccl
-        self._open(store, "world", tuple(range(size)), rank, timeout, None)
+        self._open(store, f"world{next(_worlds)}", tuple(range(size)), rank, timeout, None)
+        if size > 1:
+            # A connection of the watchdog's own: the main thread may block in the store.
+            own = store.clone() if hasattr(store, "clone") else store
+            watchdog = Watchdog(rank, size, _StoreBulletin(own, rank), self._end_job)
+            end_job_on_exit(watchdog.leave)
+            self._watchdog = watchdog
+            end_job_on_exception(rank, self._end_job)
+
+    @classmethod
+    def beside(cls, store: Store, name: str, rank: int, size: int, timeout: float) -> TorchCommunicator:
+        """NCCL for the CUDA tensors of another communicator, which watches over the waits itself."""
+        comm = cls.__new__(cls)
+        comm._nccl_wanted = True
+        comm._open(store, f"beside {name}", tuple(range(size)), rank, timeout, None)
+        comm._nccl()
+        return comm
 
     def _open(
         self,
@@ -137,12 +158,6 @@ class TorchCommunicator(Communicator):
         super().__init__(rank, Topology((0,) * len(members)), timeout)
         hosts = self._exchange_objects(socket.gethostname())
         self._topology = Topology.from_keys(hosts)
-        if dog is None and self.size > 1:
-            # A connection of the watchdog's own: the main thread may block in the store.
-            own = store.clone() if hasattr(store, "clone") else store
-            self._watchdog = Watchdog(rank, self.size, _StoreBulletin(own, rank), self._end_job)
-            end_job_on_exit(self._watchdog.leave)
-            end_job_on_exception(rank, self._end_job)
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
         sys.stderr.write(f"heatopt: {message}\n")

@@ -28,7 +28,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _outside_graphs(function: Function) -> Function:
     """Keep a method out of compiled graphs, where collectives have no place; torch.optim decorates its own so."""
-    outside: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+    outside: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
     return outside
 
 
@@ -146,8 +146,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             owner = _owners.get(parameter)
             if owner is not None and owner() is not None:
                 raise ValueError(
-                    f"parameter {names.get(id(parameter), position)!r} belongs to another DataParallelOptimizer; delete "
-                    "that one first, or give each optimizer parameters of its own"
+                    f"parameter {names.get(id(parameter), position)!r} belongs to another DataParallelOptimizer; "
+                    "delete that one first, or give each optimizer parameters of its own"
                 )
 
     def _parameters(self) -> list[torch.Tensor]:
@@ -223,12 +223,13 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
         def averaged() -> Any:
             loss = closure()
-            rows = self._gradients.settle(Call.CLOSURE, math.nan if loss is None else float(loss))
+            number = loss.detach() if isinstance(loss, torch.Tensor) else loss
+            rows = self._gradients.settle(Call.CLOSURE, math.nan if number is None else float(number))
             if loss is None:
                 return None
             losses = [row.payload for row in rows if row.call == Call.CLOSURE]
             mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else sum(losses) / len(losses)
-            return torch.full_like(loss.detach(), mean) if isinstance(loss, torch.Tensor) else mean
+            return torch.full_like(number, mean) if isinstance(number, torch.Tensor) else mean
 
         return averaged
 

@@ -37,8 +37,7 @@ class ParameterPrint:
     """"dense", "sparse" or "no" (frozen so far)."""
 
     def __str__(self) -> str:
-        place = f"{self.name!r} of shape {self.shape}, {self.dtype}, on {self.device}, in group {self.group}"
-        return place if self.synchronised == "dense" else f"{place}, synchronised: {self.synchronised}"
+        return f"{self.name!r} of shape {self.shape}, {self.dtype}, on {self.device}, in group {self.group}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ def first_difference(prints: Sequence[Fingerprint]) -> str:
         for position, (mine, found) in enumerate(zip(ours.parameters, theirs.parameters, strict=True)):
             if mine != found:
                 hint = "; the same names in another order" if same_names and mine.name != found.name else ""
+                if str(mine) == str(found):
+                    hint = f"; synchronised: {mine.synchronised} on rank 0, {found.synchronised} on rank {other}"
                 return f"parameter {position}: rank 0 has {mine}, rank {other} has {found}{hint}"
     else:
         return _describe_count(ours, theirs, other)
