@@ -13,7 +13,9 @@ import numpy.typing as npt
 import torch
 
 from heatopt.comm import _collectives as collectives
+from heatopt.comm._tensors import check_reduction, check_tensor, describe_call, flatten
 from heatopt.comm._topology import Topology
+from heatopt.comm._watchdog import Watchdog
 from heatopt.comm._work import Request, Steps, Work, WorkQueue
 from heatopt.errors import RankMismatchError
 
@@ -43,7 +45,16 @@ class Communicator(ABC):
     Sums are formed in rank order, at least in single precision, and rounded once; all ranks receive the same bits.
     """
 
-    def __init__(self, rank: int, topology: Topology, timeout: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        topology: Topology,
+        timeout: float,
+        *,
+        name: str = "world",
+        members: tuple[int, ...] | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         self.rank = rank
         """This process's number in the group, 0 <= rank < size."""
         self.size = len(topology.node_of)
@@ -51,7 +62,12 @@ class Communicator(ABC):
         self.timeout = timeout
         """Seconds after which a waiting collective gives up, naming the late ranks; ``inf``: never."""
         self._topology = topology
-        self._queue = WorkQueue(self._waiting)
+        self._name = name
+        self._members = tuple(range(self.size)) if members is None else members  # their ranks in the world
+        self._children = 0
+        self._operations = 0  # started on this communicator, the same number on all its ranks
+        self._watchdog = watchdog
+        self._queue = WorkQueue(self._enter, self._waiting)
 
     # Topology
 
@@ -159,7 +175,9 @@ class Communicator(ABC):
         groups: dict[object, list[int]] = {}
         for rank, (wish, _) in enumerate(wishes):
             groups.setdefault(("alone", rank) if wish is None else ("color", wish), []).append(rank)
-        return self._subgroups([sorted(group, key=lambda r: (wishes[r][1], r)) for group in groups.values()])
+        return self._make_group(
+            [sorted(group, key=lambda r: (wishes[r][1], r)) for group in groups.values()], "split()"
+        )
 
     def by_node(self) -> NodeGroups:
         """Return the group of this node's ranks and the group of the ranks with this ``node_rank`` on all nodes."""
@@ -167,7 +185,22 @@ class Communicator(ABC):
 
     def duplicate(self) -> Communicator:
         """Return a communicator of the same ranks whose traffic never meets this one's. Collective."""
-        return self._subgroups([list(range(self.size))])
+        self._agree("duplicate", "duplicate()")
+        return self._make_group([list(range(self.size))], "duplicate()")
+
+    def _make_group(self, groups: list[list[int]], what: str) -> Communicator:
+        self._queue.drain()
+        self._children += 1
+        color = next(index for index, group in enumerate(groups) if self.rank in group)
+        group = groups[color]
+        with self._waiting(what, self._enter()):
+            return self._open_group(
+                color,
+                group.index(self.rank),
+                name=f"{self._name}.{self._children}.{color}",
+                topology=self._topology.of_group(group),
+                members=tuple(self._members[rank] for rank in group),
+            )
 
     def close(self) -> None:
         """Complete what is in flight and free the group's resources. Collective; the default does the former."""
@@ -209,7 +242,7 @@ class Communicator(ABC):
 
     def exchange_words(self, words: Words, what: str) -> Words:
         """Return the 64-bit integers of every rank, as an array of ranks x words. The fastest agreement there is."""
-        with self._waiting(what):
+        with self._waiting(what, self._enter()):
             return self._exchange_words(words)
 
     def agree_on(self, described: object, call: str) -> None:
@@ -219,15 +252,30 @@ class Communicator(ABC):
     def exchange_objects(self, obj: T, what: str = "exchange of objects") -> list[T]:
         """Return the objects of every rank."""
         self._queue.drain()
-        with self._waiting(what):
+        with self._waiting(what, self._enter()):
             return self._exchange_objects(obj)
 
     # Primitives of a backend. Tensors are contiguous and on a device that `_to_wire` returned; lanes order traffic.
 
+    def _enter(self) -> int:
+        """An operation of this communicator starts; return its number, which is the same on all ranks."""
+        self._operations += 1
+        if self._watchdog is not None:
+            self._watchdog.enter(self._name, self._operations)
+        return self._operations
+
     @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        """Surround each wait, so that a backend can watch over it."""
-        yield
+    def _waiting(self, what: str, number: int) -> Iterator[None]:
+        """Surround each wait, so that a watchdog can look at it from another thread."""
+        dog = self._watchdog
+        if dog is None:
+            yield
+            return
+        dog.begin(self._name, number, what, self._members, self.timeout)
+        try:
+            yield
+        finally:
+            dog.end()
 
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
         """Return ``flat`` itself, or a copy of it where the backend can reach it."""
@@ -259,50 +307,48 @@ class Communicator(ABC):
     def _exchange_objects(self, obj: T) -> list[T]: ...
 
     @abstractmethod
-    def _subgroups(self, groups: list[list[int]]) -> Communicator:
-        """Make a communicator of each group (disjoint, covering all ranks) and return this rank's."""
+    def _open_group(
+        self, color: int, rank: int, *, name: str, topology: Topology, members: tuple[int, ...]
+    ) -> Communicator:
+        """Make the communicator of this rank's group; every rank of this one calls it, each with its group."""
 
     # Shared parts of the public collectives
 
     def _allreduce(self, tensor: torch.Tensor, op: str, blocking: bool) -> Steps[torch.Tensor]:
-        self._check_reduction(tensor, op)
-        self._agree_on_tensor(f"allreduce {op}", tensor)
+        check_reduction(tensor, op)
+        self._agree_on_tensor(describe_call(f"allreduce {op}", blocking), tensor)
         target = tensor.detach()
-        flat = target.contiguous().view(-1)
+        flat = flatten(target)
         yield from collectives.reduce_flat(self, flat, op, self.size if op == "mean" else 1, blocking)
         if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         return tensor
 
     def _reduce_scatter(self, tensor: torch.Tensor, op: str, blocking: bool) -> Steps[torch.Tensor]:
-        self._check_reduction(tensor, op)
+        check_reduction(tensor, op)
         if tensor.dim() == 0 or tensor.shape[0] % self.size:
             raise ValueError(
                 f"reduce_scatter needs a first dimension divisible by the number of ranks ({self.size}), "
                 f"got shape {tuple(tensor.shape)}; pad the tensor"
             )
-        self._agree_on_tensor(f"reduce_scatter {op}", tensor)
+        self._agree_on_tensor(describe_call(f"reduce_scatter {op}", blocking), tensor)
         shape = (tensor.shape[0] // self.size, *tensor.shape[1:])
-        rows = (
-            tensor.detach().contiguous().view(self.size, -1)
-            if tensor.numel()
-            else tensor.detach().reshape(self.size, 0)
-        )
+        rows = flatten(tensor.detach()).view(self.size, tensor.numel() // self.size)
         divisor = self.size if op == "mean" else 1
         own = yield from collectives.reduce_scatter_rows(self, rows, op, divisor, blocking)
         return own.view(shape)
 
     def _gather_all(self, tensor: torch.Tensor, blocking: bool) -> Steps[list[torch.Tensor]]:
-        self._agree_on_tensor("all_gather", tensor)
-        flat = tensor.detach().contiguous().view(-1)
+        self._agree_on_tensor(describe_call("all_gather", blocking), tensor)
+        flat = flatten(tensor.detach())
         gathered = yield from collectives.all_gather(self, flat, blocking)
         return [row.view(tensor.shape) for row in gathered.unbind(0)]
 
     def _broadcast_any(self, tensor: torch.Tensor, root: int, blocking: bool) -> Steps[torch.Tensor]:
         self.check_root(root)
-        self._agree_on_tensor(f"broadcast from {root}", tensor)
+        self._agree_on_tensor(describe_call(f"broadcast from {root}", blocking), tensor)
         target = tensor.detach()
-        flat = target.contiguous().view(-1)
+        flat = flatten(target)
         yield from collectives.broadcast(self, flat, root, blocking)
         if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
             target.copy_(flat.view(target.shape))
@@ -313,24 +359,8 @@ class Communicator(ABC):
         if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
             raise ValueError(f"root must be a rank, 0 <= root < {self.size}, got {root!r}")
 
-    @staticmethod
-    def _check_reduction(tensor: torch.Tensor, op: str) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"expected a torch.Tensor, got {type(tensor).__name__}")
-        if op not in collectives.REDUCE_OPS:
-            raise ValueError(f"op must be one of {collectives.REDUCE_OPS}, got {op!r}")
-        if tensor.layout != torch.strided or tensor.dtype not in collectives.REDUCIBLE:
-            raise TypeError(
-                f"cannot reduce a tensor of layout {tensor.layout} and dtype {tensor.dtype}; convert it first"
-            )
-        if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(
-                f"the mean of {tensor.dtype} is not of that dtype; convert the tensor to a floating dtype first"
-            )
-        if op in ("max", "min") and tensor.is_complex():
-            raise TypeError(f"complex numbers have no {op}; reduce tensor.abs() instead")
-
     def _agree_on_tensor(self, call: str, tensor: torch.Tensor) -> None:
+        check_tensor(tensor)
         if tensor.layout != torch.strided:
             raise TypeError(f"{call} needs a dense tensor, got layout {tensor.layout}")
         described = f"{call}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device.type}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pickle
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -28,17 +26,9 @@ __all__ = ["MPICommunicator"]
 
 T = TypeVar("T")
 
-# Dtypes that MPI sums right by itself. bfloat16 has no MPI type (a native sum is garbage without an error), and
-# float16 is several times slower than our own sum.
-_NATIVE_SUM = (
-    torch.float32,
-    torch.float64,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-)
+# Dtypes that MPI sums right by itself. bfloat16 has no MPI type (a native sum is garbage without an error), float16 is
+# several times slower than our own sum, and Open MPI's vector code saturates 8 and 16 bit integers instead of wrapping.
+_NATIVE_SUM = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 class _MPIRequest(Request):
@@ -94,40 +84,30 @@ class MPICommunicator(Communicator):
     memory if a real transfer showed that this MPI can read it, else through host memory.
     """
 
-    _watchdog: Watchdog | None
-
     def __init__(self, comm: MPI.Intracomm | None = None, timeout: float | None = None) -> None:
         base = MPI.COMM_WORLD if comm is None else comm
-        seconds = default_timeout() if timeout is None else timeout
-        self._open(base, seconds, "world", tuple(range(base.size)), None)
+        neighbours = base.Split_type(MPI.COMM_TYPE_SHARED)
+        lowest = neighbours.bcast(base.rank)
+        neighbours.Free()
+        topology = Topology.detect(base.allgather(lowest))
+        super().__init__(base.rank, topology, default_timeout() if timeout is None else timeout)
+        self._open(base)
         if self.size > 1:
             end_job_on_exception(self.rank, self._end_job)
             self._watch(base)
+
+    def _open(self, base: MPI.Intracomm) -> None:
+        # Two lanes, because first and later stages of a collective need an order of their own.
+        self._lanes = (base.Dup(), base.Dup())
+        self._nccl: Communicator | None = None
+        self._nccl_decided = False
 
     def _watch(self, base: MPI.Intracomm) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             logger.warning("MPI was started without thread support, so a rank that never comes is not noticed")
             return
-        watchdog = Watchdog(self.rank, self.size, _MPIBulletin(base.Dup()), self._end_job)
-        tell_on_exit(watchdog.leave)
-        self._watchdog = watchdog
-
-    def _open(
-        self, base: MPI.Intracomm, timeout: float, name: str, members: tuple[int, ...], dog: Watchdog | None
-    ) -> None:
-        # Two lanes, because first and later stages of a collective need an order of their own.
-        self._lanes = (base.Dup(), base.Dup())
-        neighbours = base.Split_type(MPI.COMM_TYPE_SHARED)
-        lowest = neighbours.bcast(base.rank)
-        neighbours.Free()
-        super().__init__(base.rank, Topology.from_keys(base.allgather(lowest)), timeout)
-        self._name = name
-        self._children = 0
-        self._members = members
-        """Rank in the world of each rank of this group."""
-        self._watchdog = dog
-        self._nccl: Communicator | None = None
-        self._nccl_decided = False
+        self._watchdog = Watchdog(self.rank, self.size, _MPIBulletin(base.Dup()), self._end_job)
+        tell_on_exit(self._watchdog.leave)
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
         sys.stderr.write(f"heatopt: {message}\n")
@@ -144,17 +124,6 @@ class MPICommunicator(Communicator):
     def _end_job(self, message: str) -> None:
         self.abort(message)
 
-    @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        if self._watchdog is None:
-            yield
-            return
-        self._watchdog.begin(self._name, what, self._members, self.timeout)
-        try:
-            yield
-        finally:
-            self._watchdog.end()
-
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
         if flat.device.type == "cpu" or self._nccl_of(flat) is not None or mpi_reads_cuda_memory():
             return flat
@@ -168,8 +137,7 @@ class MPICommunicator(Communicator):
             gpus = self.exchange_objects(own, "choice of NCCL")
             # NCCL refuses two ranks on one GPU.
             if all(gpu[2] for gpu in gpus) and len(set(gpus)) == self.size > 1:
-                store = rendezvous_store(self)
-                self._nccl = TorchCommunicator.beside(store, self._name, self.rank, self.size, self.timeout)
+                self._nccl = TorchCommunicator.beside(self, rendezvous_store(self))
         return self._nccl if tensor.device.type == "cuda" else None
 
     def _has_native_sum(self, dtype: torch.dtype) -> bool:
@@ -218,15 +186,15 @@ class MPICommunicator(Communicator):
     def _exchange_objects(self, obj: T) -> list[T]:
         return self._lanes[0].allgather(obj)
 
-    def _subgroups(self, groups: list[list[int]]) -> Communicator:
-        self._children += 1
-        color = next(index for index, group in enumerate(groups) if self.rank in group)
-        base: Any = self._lanes[0].Split(color, groups[color].index(self.rank))
-        child = MPICommunicator.__new__(MPICommunicator)
-        members = tuple(self._members[rank] for rank in groups[color])
-        child._open(base, self.timeout, f"{self._name}.{self._children}", members, self._watchdog)
+    def _open_group(
+        self, color: int, rank: int, *, name: str, topology: Topology, members: tuple[int, ...]
+    ) -> Communicator:
+        base: Any = self._lanes[0].Split(color, rank)
+        group = MPICommunicator.__new__(MPICommunicator)
+        Communicator.__init__(group, rank, topology, self.timeout, name=name, members=members, watchdog=self._watchdog)
+        group._open(base)
         base.Free()
-        return child
+        return group
 
 
 def _buffer(flat: torch.Tensor) -> Any:

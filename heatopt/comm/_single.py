@@ -50,5 +50,7 @@ class SingleCommunicator(Communicator):
     def _exchange_objects(self, obj: T) -> list[T]:
         return [obj]
 
-    def _subgroups(self, groups: list[list[int]]) -> Communicator:
+    def _open_group(
+        self, color: int, rank: int, *, name: str, topology: Topology, members: tuple[int, ...]
+    ) -> Communicator:
         return SingleCommunicator()

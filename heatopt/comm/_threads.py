@@ -58,9 +58,10 @@ class ThreadWorld:
         self.size = size
         self.timeout = timeout
         self.events: list[Event] = []
-        self._topology = Topology.from_keys([rank // (ranks_per_node or size) for rank in range(size)])
+        self._topology = Topology.detect([rank // (ranks_per_node or size) for rank in range(size)])
         self._changed = threading.Condition()
         self._deposits: dict[tuple[str, int], dict[int, _Deposit]] = {}
+        self._takers: dict[tuple[str, int], int] = {}  # how many ranks have taken the deposits, which then go
         self._gone: dict[int, str] = {}
 
     def run(self, function: Callable[..., T], *arguments: object) -> list[T]:
@@ -69,6 +70,9 @@ class ThreadWorld:
         Raises:
             BaseException: what the first failing rank raised; the other ranks are released first.
         """
+        self._deposits.clear()
+        self._takers.clear()
+        self._gone.clear()
         results: list[Any] = [None] * self.size
         failures: list[tuple[int, BaseException]] = []
 
@@ -122,6 +126,9 @@ class ThreadWorld:
                     what = there[rank].kind
                     raise CollectiveTimeoutError(f"rank {rank} waited {timeout:g} s in {what}; late: ranks {missing}")
             deposits = [there[member] for member in members]
+            self._takers[key] = self._takers.get(key, 0) + 1
+            if self._takers[key] == len(members):
+                del self._takers[key], self._deposits[key]
         first = deposits[0]
         for member, deposit in zip(members, deposits, strict=True):
             if (deposit.kind, deposit.nbytes) != (first.kind, first.nbytes):
@@ -154,11 +161,8 @@ class ThreadCommunicator(Communicator):
     """One thread's communicator; made by :class:`ThreadWorld`."""
 
     def __init__(self, world: ThreadWorld, name: str, members: tuple[int, ...], rank: int, topology: Topology) -> None:
-        super().__init__(rank, topology, world.timeout)
+        super().__init__(rank, topology, world.timeout, name=name, members=members)
         self._world = world
-        self._name = name
-        self._members = members
-        self._children = 0
         self._started: dict[str, int] = {}
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
@@ -204,11 +208,7 @@ class ThreadCommunicator(Communicator):
         self._start("objects", "lane0", 0, pickle.dumps(obj), received.extend).wait()
         return [pickle.loads(data) for data in received]
 
-    def _subgroups(self, groups: list[list[int]]) -> Communicator:
-        self._children += 1
-        color = next(index for index, group in enumerate(groups) if self.rank in group)
-        group = groups[color]
-        name = f"{self._name}.{self._children}.{color}"
-        members = tuple(self._members[rank] for rank in group)
-        topology = Topology.from_keys([self._topology.node_of[rank] for rank in group])
-        return ThreadCommunicator(self._world, name, members, group.index(self.rank), topology)
+    def _open_group(
+        self, color: int, rank: int, *, name: str, topology: Topology, members: tuple[int, ...]
+    ) -> Communicator:
+        return ThreadCommunicator(self._world, name, members, rank, topology)

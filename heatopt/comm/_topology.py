@@ -18,16 +18,23 @@ class Topology:
     """Node index of each rank; length = number of ranks."""
 
     @classmethod
-    def from_keys(cls, keys: Sequence[Hashable]) -> Topology:
-        """Group ranks that have an equal key (a host name, say).
+    def detect(cls, keys: Sequence[Hashable]) -> Topology:
+        """The topology of a world: as :meth:`from_keys`, unless the user knows better.
 
         ``HEATOPT_RANKS_PER_NODE=k`` overrides the keys: ranks 0..k-1 are node 0, and so on.
         """
         override = ranks_per_node()
-        if override is not None:
-            return cls(tuple(rank // override for rank in range(len(keys))))
+        return cls.from_keys(keys if override is None else [rank // override for rank in range(len(keys))])
+
+    @classmethod
+    def from_keys(cls, keys: Sequence[Hashable]) -> Topology:
+        """Group ranks that have an equal key (a host name, say)."""
         index: dict[Hashable, int] = {}
         return cls(tuple(index.setdefault(key, len(index)) for key in keys))
+
+    def of_group(self, ranks: Sequence[int]) -> Topology:
+        """The topology of some of the ranks, in that order."""
+        return self.from_keys([self.node_of[rank] for rank in ranks])
 
     @property
     def num_nodes(self) -> int:

@@ -49,7 +49,10 @@ class _TorchRequest(Request):
         self._buffers = buffers
 
     def done(self) -> bool:
-        return bool(self._work.is_completed())
+        if not self._work.is_completed():
+            return False
+        self.wait()  # which is where a failure shows, and where NCCL orders the streams
+        return True
 
     def wait(self) -> None:
         with self._comm._named_failures():
@@ -90,8 +93,6 @@ class TorchCommunicator(Communicator):
         ValueError: neither a store nor an initialised default process group.
     """
 
-    _watchdog: Watchdog | None
-
     def __init__(
         self,
         store: Store | None = None,
@@ -116,48 +117,34 @@ class TorchCommunicator(Communicator):
             raise ValueError("TorchCommunicator needs rank and size with a store")
         timeout = default_timeout() if timeout is None else timeout
         self._nccl_wanted = nccl
-        self._open(store, f"world{next(_worlds)}", tuple(range(size)), rank, timeout, None)
+        super().__init__(rank, Topology((0,) * size), timeout, name=f"world{next(_worlds)}")
+        self._open(store)
+        self._topology = Topology.detect(self._exchange_objects(socket.gethostname()))
         if size > 1:
             # A connection of the watchdog's own: the main thread may block in the store.
             own = store.clone() if hasattr(store, "clone") else store
-            watchdog = Watchdog(rank, size, _StoreBulletin(own, rank), self._end_job)
-            tell_on_exit(watchdog.leave)
-            self._watchdog = watchdog
+            self._watchdog = Watchdog(rank, size, _StoreBulletin(own, rank), self._end_job)
+            tell_on_exit(self._watchdog.leave)
             end_job_on_exception(rank, self._end_job)
 
     @classmethod
-    def beside(cls, store: Store, name: str, rank: int, size: int, timeout: float) -> TorchCommunicator:
+    def beside(cls, other: Communicator, store: Store) -> TorchCommunicator:
         """NCCL for the CUDA tensors of another communicator, which watches over the waits itself."""
         comm = cls.__new__(cls)
+        Communicator.__init__(comm, other.rank, other._topology, other.timeout, name=f"beside {other._name}")
         comm._nccl_wanted = True
-        comm._open(store, f"beside {name}", tuple(range(size)), rank, timeout, None)
+        comm._open(store)
         comm._nccl()
         return comm
 
-    def _open(
-        self,
-        store: Store,
-        name: str,
-        members: tuple[int, ...],
-        rank: int,
-        timeout: float,
-        dog: Watchdog | None,
-    ) -> None:
+    def _open(self, store: Store) -> None:
         self._store = store
-        self._name = name
-        self._members = members
-        self._children = 0
         self._nccl_lanes: tuple[Any, Any] | None = None
-        self._watchdog = dog
-        self._world_rank = members[rank]
-        limit = timedelta(seconds=min(timeout + _GLOO_GRACE, _YEAR))
+        limit = timedelta(seconds=min(self.timeout + _GLOO_GRACE, _YEAR))
         self._lanes = tuple(
-            dist.ProcessGroupGloo(dist.PrefixStore(f"heatopt/{name}/{lane}", store), rank, len(members), limit)
+            dist.ProcessGroupGloo(dist.PrefixStore(f"heatopt/{self._name}/{lane}", store), self.rank, self.size, limit)
             for lane in (0, 1)
         )
-        super().__init__(rank, Topology((0,) * len(members)), timeout)
-        hosts = self._exchange_objects(socket.gethostname())
-        self._topology = Topology.from_keys(hosts)
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
         sys.stderr.write(f"heatopt: {message}\n")
@@ -168,27 +155,19 @@ class TorchCommunicator(Communicator):
         self.abort(message)
 
     @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        dog = self._watchdog
-        if dog is None:
-            yield
-            return
-        dog.begin(self._name, what, self._members, self.timeout)
-        try:
-            yield
-        finally:
-            dog.end()
-
-    @contextmanager
     def _named_failures(self) -> Iterator[None]:
         """Turn gloo's RuntimeError about a socket into one about a rank."""
         try:
             yield
         except RuntimeError as error:
             if self._watchdog is None:
-                raise RankFailedError(f"rank {self._world_rank} lost contact with the other ranks ({error})") from error
+                raise RankFailedError(
+                    f"rank {self._members[self.rank]} lost contact with the other ranks ({error})"
+                ) from error
             place, news = self._watchdog.place(), self._watchdog.wait_for_news(_NEWS_SECONDS)
-            raise RankFailedError(f"rank {self._world_rank} lost contact in {place}; {news} ({error})") from error
+            raise RankFailedError(
+                f"rank {self._members[self.rank]} lost contact in {place}; {news} ({error})"
+            ) from error
 
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
         if flat.device.type == "cpu" or self._nccl():
@@ -257,15 +236,14 @@ class TorchCommunicator(Communicator):
             )
         return self._nccl_wanted
 
-    def _subgroups(self, groups: list[list[int]]) -> Communicator:
-        self._children += 1
-        color = next(index for index, group in enumerate(groups) if self.rank in group)
-        child = TorchCommunicator.__new__(TorchCommunicator)
-        child._nccl_wanted = self._nccl_wanted
-        members = tuple(self._members[rank] for rank in groups[color])
-        name = f"{self._name}.{self._children}.{color}"
-        child._open(self._store, name, members, groups[color].index(self.rank), self.timeout, self._watchdog)
-        return child
+    def _open_group(
+        self, color: int, rank: int, *, name: str, topology: Topology, members: tuple[int, ...]
+    ) -> Communicator:
+        group = TorchCommunicator.__new__(TorchCommunicator)
+        Communicator.__init__(group, rank, topology, self.timeout, name=name, members=members, watchdog=self._watchdog)
+        group._nccl_wanted = self._nccl_wanted
+        group._open(self._store)
+        return group
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,9 @@ from enum import Enum
 
 __all__ = ["Bulletin", "Phase", "Snapshot", "Watchdog"]
 
+# What a rank has sent before it left arrives within these seconds.
+_GRACE_AFTER_LEAVE = 5.0
+
 
 class Phase(Enum):
     """What a rank does, as far as the others need to know."""
@@ -89,6 +92,7 @@ class Watchdog:
         self._posted: _Wait | None = None
         self._answered: set[tuple[str, int]] = set()
         self._others: dict[int, Snapshot] = {}
+        self._left_at: dict[int, float] = {}
         self._main_thread = threading.main_thread().ident
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heatopt-watchdog", daemon=True)
@@ -96,10 +100,12 @@ class Watchdog:
 
     # Main thread: a few attribute writes per collective, no lock.
 
-    def begin(self, channel: str, what: str, members: tuple[int, ...], timeout: float) -> None:
-        """The main thread is about to wait in the next operation of ``channel``."""
-        sequence = self._entered.get(channel, 0) + 1
+    def enter(self, channel: str, sequence: int) -> None:
+        """The main thread starts the ``sequence``-th operation of ``channel``."""
         self._entered[channel] = sequence
+
+    def begin(self, channel: str, sequence: int, what: str, members: tuple[int, ...], timeout: float) -> None:
+        """The main thread is about to wait in an operation that it has started."""
         self._wait = _Wait(channel, sequence, what, members, time.monotonic(), timeout)
 
     def end(self) -> None:
@@ -143,6 +149,8 @@ class Watchdog:
     def _look(self) -> None:
         for snapshot in self._bulletin.poll():
             self._others[snapshot.rank] = snapshot
+            if snapshot.phase is Phase.LEFT:
+                self._left_at[snapshot.rank] = time.monotonic()
         self._answer()
         wait = self._wait
         if wait is None:
@@ -179,20 +187,25 @@ class Watchdog:
 
     def _check_others(self, wait: _Wait) -> None:
         for other in self._others.values():
-            if other.rank not in wait.members or other.entered.get(wait.channel, 0) >= wait.sequence:
+            if other.rank not in wait.members:
                 continue
-            if other.phase is Phase.LEFT:
+            behind = other.entered.get(wait.channel, 0) < wait.sequence
+            if other.phase is Phase.LEFT and (behind or self._waits_on_after_leave(wait, other.rank)):
                 self._fail(
                     wait,
                     f"RankFailedError: rank {other.rank} left the program while rank {self._rank} waited for it in "
                     f"{wait.what}; every rank must make the same collective calls (uneven data: use join())",
                 )
-            elif self._keeps_waiting(other):
+            elif behind and self._keeps_waiting(other):
                 self._fail(
                     wait,
                     f"RankMismatchError: rank {self._rank} waits in {wait.what} while rank {other.rank} waits in "
                     f"{other.place}; every rank must make the same collective calls in the same order",
                 )
+
+    def _waits_on_after_leave(self, wait: _Wait, rank: int) -> bool:
+        """True if a rank that started the operation has left without completing its part of it."""
+        return time.monotonic() - max(self._left_at[rank], wait.since) > _GRACE_AFTER_LEAVE
 
     def _check_clock(self) -> None:
         wait = self._wait

@@ -49,15 +49,17 @@ class Completed(Request):
 COMPLETED = Completed()
 
 Steps = Generator[Request, None, T]
-Waiting = Callable[[str], AbstractContextManager[None]]
+Enter = Callable[[], int]
+Waiting = Callable[[str, int], AbstractContextManager[None]]
 
 
 class Work(Generic[T]):
     """Handle of a launched collective; owns every buffer of it until :meth:`wait` returns."""
 
-    def __init__(self, steps: Steps[T], what: str, queue: WorkQueue) -> None:
+    def __init__(self, steps: Steps[T], what: str, number: int, queue: WorkQueue) -> None:
         self._steps: Steps[T] | None = steps
         self._what = what
+        self._number = number
         self._queue = queue
         self._request: Request = COMPLETED
         self._result: T | None = None
@@ -91,15 +93,21 @@ class Work(Generic[T]):
 
 
 class WorkQueue:
-    """The works of one communicator that have not completed, in launch order."""
+    """The works of one communicator that have not completed, in launch order.
 
-    def __init__(self, waiting: Waiting) -> None:
+    Args:
+        enter: called when an operation is started; returns its number.
+        waiting: surrounds each wait in an operation, given its description and number.
+    """
+
+    def __init__(self, enter: Enter, waiting: Waiting) -> None:
+        self._enter = enter
         self._waiting = waiting
         self._works: deque[Work[Any]] = deque()
 
     def launch(self, steps: Steps[T], what: str) -> Work[T]:
         """Start the first stage and return the handle."""
-        work = Work(steps, what, self)
+        work = Work(steps, what, self._enter(), self)
         work._advance()
         if work._steps is not None:
             self._works.append(work)
@@ -108,12 +116,13 @@ class WorkQueue:
     def run(self, steps: Steps[T], what: str) -> T:
         """Run a collective to its end, after the works before it."""
         self.drain()
+        number = self._enter()
         while True:
             try:
                 request = next(steps)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
-            with self._waiting(what):
+            with self._waiting(what, number):
                 request.wait()
 
     def poll(self) -> None:
@@ -129,7 +138,7 @@ class WorkQueue:
         """Advance each work up to and including ``last`` by one stage, in launch order, blocking."""
         for work in list(self._works):
             if work._steps is not None:
-                with self._waiting(work._what):
+                with self._waiting(work._what, work._number):
                     work._request.wait()
                 work._advance()
             if work is last:

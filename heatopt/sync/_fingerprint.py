@@ -20,8 +20,10 @@ __all__ = [
     "printable_options",
 ]
 
-NumericOptions = tuple[tuple[str, "float | tuple[float, ...]"], ...]
-"""A group's options that are plain numbers, by name."""
+NumericOptions = tuple[tuple[str, "float | tuple[Any, ...]"], ...]
+"""A group's options that are numbers, by name."""
+
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,46 @@ def printable_options(group: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _printable(value: Any) -> str:
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-        return f"tensor of shape {tuple(value.shape)} on {value.device.type}"
+    if isinstance(value, torch.Tensor):
+        numbers = _numbers(value)
+        return f"tensor of shape {tuple(value.shape)} on {value.device.type}" if numbers is None else repr(numbers)
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_printable, value))})"
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))  # a repr would hold an address
     return repr(value)
 
 
 def numeric_options(group: Mapping[str, Any]) -> NumericOptions:
-    """A group's options that are plain numbers: what a schedule or a user changes from step to step."""
-    items: list[tuple[str, float | tuple[float, ...]]] = []
-    for key, value in group.items():
-        if isinstance(value, (float, int)):
-            items.append((key, value))
-        elif isinstance(value, tuple) and all(isinstance(item, (float, int)) for item in value):
-            items.append((key, value))
-    return tuple(items)
+    """A group's options that are numbers, sorted by name: what a schedule or a user changes from step to step."""
+    items = ((key, _numbers(value)) for key, value in sorted(group.items()) if key not in ("params", "param_names"))
+    return tuple((key, value) for key, value in items if value is not None)
+
+
+def _numbers(value: Any) -> float | tuple[Any, ...] | None:
+    """The number, or the tuple of numbers, that an option is; None for anything else.
+
+    Tensors count where reading them costs nothing: few elements, on the CPU.
+    """
+    if isinstance(value, (float, int)):
+        return value
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_numbers(item) for item in value)
+        return None if None in parts else parts
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() <= _FEW:
+        return tuple(value.flatten().tolist()) if value.dim() else value.item()
+    return None
 
 
 def options_hash(groups: Sequence[Mapping[str, Any]]) -> int:
-    """A hash of the numeric options that is equal in every process: numbers hash alike everywhere, text does not."""
-    return hash(tuple(_comparable(value) for group in groups for _, value in numeric_options(group)))
+    """64 bits of the numeric options, equal in every process for equal options."""
+    # repr of a float is exact; True, 1 and 1.0 are the same option.
+    text = repr([[(key, _plain(value)) for key, value in numeric_options(group)] for group in groups])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _comparable(value: float | tuple[float, ...]) -> float | tuple[float, ...]:
-    # NaN differs from itself, and its hash from process to process.
-    return 0.0 if value != value else value
+def _plain(value: float | tuple[Any, ...]) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else float(value)
 
 
 def first_difference(prints: Sequence[Fingerprint]) -> str:

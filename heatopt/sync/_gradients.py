@@ -71,13 +71,16 @@ class GradientSync(Gradients):
         self._works: list[Work[None] | None] | None = None  # of the open round that is this object's to run
         self._backward_alive: Callable[[], object | None] = lambda: None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooked = 0  # parameters that have their hook, from the first
         self._hook_new_parameters()
         weakref.finalize(self, _remove_all, self._handles)
 
     def _hook_new_parameters(self) -> None:
         reference = weakref.ref(self)
-        for index in range(len(self._handles), len(self._plan.parameters)):
-            self._handles.append(_hook(self._plan.parameters[index], index, reference))
+        for index, parameter in enumerate(self._plan.parameters[self._hooked :], self._hooked):
+            if parameter.is_floating_point() or parameter.is_complex():  # others never have a gradient
+                self._handles.append(_hook(parameter, index, reference))
+        self._hooked = len(self._plan.parameters)
 
     # What the coordinator asks
 

@@ -70,5 +70,8 @@ def _average_one(
     if parameter.dtype in (torch.float16, torch.bfloat16):
         joined_values = joined_values.float()
     total = torch.sparse_coo_tensor(joined_indices, joined_values, parameter.shape, check_invariants=False).coalesce()
-    mean = (total.values() / divisor).to(parameter.dtype)
+    values = total.values()
+    # Real and imaginary parts are divided each, as in a dense reduction; a complex division rounds otherwise.
+    mean = torch.view_as_complex(torch.view_as_real(values) / divisor) if values.is_complex() else values / divisor
+    mean = mean.to(parameter.dtype)
     return torch.sparse_coo_tensor(total.indices(), mean, parameter.shape, is_coalesced=True, check_invariants=False)
