@@ -35,11 +35,15 @@ class Bucket:
     def _new_view(self, position: int) -> torch.Tensor:
         slot = self.plan.slots[position]
         parameter = self.parameters[position]
-        piece = self.memory[slot.offset : slot.offset + slot.numel]
         # The strides of the parameter, where they cover the memory exactly, keep optimizers on their fast path.
-        if _covers_its_memory(parameter):
-            return piece.as_strided(parameter.shape, parameter.stride())
-        return piece.view(parameter.shape)
+        strides = (
+            parameter.stride()
+            if _covers_its_memory(parameter)
+            else torch.empty(parameter.shape, device="meta").stride()
+        )
+        # A tensor on the same storage, and not a view to autograd, which would forbid detach_() of a gradient.
+        offset = self.memory.storage_offset() + slot.offset
+        return self.memory.new_empty(0).set_(self.memory.untyped_storage(), offset, parameter.shape, strides)
 
     def pack(self) -> None:
         """Move all gradients into the memory, zeros where there is none, and set the flags.

@@ -10,14 +10,10 @@ length of the buffer nor on the position of an element in it, and all ranks rece
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
-
-if TYPE_CHECKING:
-    from heatopt.comm._communicator import Communicator
 
 __all__ = ["REDUCE_OPS", "REDUCIBLE", "all_gather", "broadcast", "reduce_flat", "reduce_scatter_rows"]
 
@@ -46,7 +42,7 @@ _GATHER_BYTES = 16 * 1024
 _PIECE_BYTES = 2 * 1024 * 1024
 
 
-def reduce_flat(comm: Communicator, flat: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
+def reduce_flat(comm: Transport, flat: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
     """Reduce the contiguous one-dimensional tensor ``flat`` over all ranks, in place.
 
     ``divisor`` is what a mean divides by; it is applied before the only rounding.
@@ -93,13 +89,13 @@ def _combine(parts: torch.Tensor, op: str, divisor: int) -> torch.Tensor:
     return total.to(dtype)
 
 
-def _reduce_by_gather(comm: Communicator, part: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
+def _reduce_by_gather(comm: Transport, part: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
     gathered = part.new_empty((comm.size, part.numel()))
     yield comm._all_gather(part, gathered, 0, blocking)
     part.copy_(_combine(gathered, op, divisor))
 
 
-def _reduce_by_owners(comm: Communicator, part: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
+def _reduce_by_owners(comm: Transport, part: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
     count = -(-part.numel() // comm.size)
     padded = part
     if count * comm.size != part.numel():
@@ -114,7 +110,7 @@ def _reduce_by_owners(comm: Communicator, part: torch.Tensor, op: str, divisor: 
 
 
 def reduce_scatter_rows(
-    comm: Communicator, rows: torch.Tensor, op: str, divisor: int, blocking: bool
+    comm: Transport, rows: torch.Tensor, op: str, divisor: int, blocking: bool
 ) -> Steps[torch.Tensor]:
     """Reduce ``rows`` (size x elements, contiguous) and return this rank's row."""
     values = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
@@ -130,7 +126,7 @@ def reduce_scatter_rows(
     return own.view(torch.bool) if rows.dtype == torch.bool else own
 
 
-def all_gather(comm: Communicator, flat: torch.Tensor, blocking: bool) -> Steps[torch.Tensor]:
+def all_gather(comm: Transport, flat: torch.Tensor, blocking: bool) -> Steps[torch.Tensor]:
     """Return ``flat`` (contiguous, the same length everywhere) of every rank, as ranks x elements."""
     wire = comm._to_wire(flat)
     gathered = wire.new_empty((comm.size, wire.numel()))
@@ -139,7 +135,7 @@ def all_gather(comm: Communicator, flat: torch.Tensor, blocking: bool) -> Steps[
     return gathered.to(flat.device)
 
 
-def broadcast(comm: Communicator, flat: torch.Tensor, root: int, blocking: bool) -> Steps[None]:
+def broadcast(comm: Transport, flat: torch.Tensor, root: int, blocking: bool) -> Steps[None]:
     """Copy the contiguous ``flat`` of rank ``root`` to every rank, in place."""
     if flat.numel() == 0:
         return

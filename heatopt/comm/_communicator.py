@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -15,8 +15,9 @@ import torch
 from heatopt.comm import _collectives as collectives
 from heatopt.comm._tensors import check_reduction, check_tensor, describe_call, flatten
 from heatopt.comm._topology import Topology
+from heatopt.comm._transport import Transport
 from heatopt.comm._watchdog import Watchdog
-from heatopt.comm._work import Request, Steps, Work, WorkQueue
+from heatopt.comm._work import Steps, Work, WorkQueue
 from heatopt.errors import RankMismatchError
 
 __all__ = ["Communicator", "NodeGroups"]
@@ -34,7 +35,7 @@ class NodeGroups(NamedTuple):
     """The ranks that have this rank's ``node_rank`` on their node, one per node that has as many ranks."""
 
 
-class Communicator(ABC):
+class Communicator(Transport):
     """A group of ranks that work together.
 
     Every method that exchanges data is collective: all ranks of the group call it, in the same order, with tensors
@@ -255,7 +256,7 @@ class Communicator(ABC):
         with self._waiting(what, self._enter()):
             return self._exchange_objects(obj)
 
-    # Primitives of a backend. Tensors are contiguous and on a device that `_to_wire` returned; lanes order traffic.
+    # Waits
 
     def _enter(self) -> int:
         """An operation of this communicator starts; return its number, which is the same on all ranks."""
@@ -277,28 +278,7 @@ class Communicator(ABC):
         finally:
             dog.end()
 
-    def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return ``flat`` itself, or a copy of it where the backend can reach it."""
-        return flat
-
-    def _has_native_sum(self, dtype: torch.dtype) -> bool:
-        """True if :meth:`_native_sum` gives the bits of a sum in rank order for ``dtype``."""
-        return False
-
-    def _native_sum(self, flat: torch.Tensor, blocking: bool) -> Request:
-        raise NotImplementedError
-
-    @abstractmethod
-    def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
-        """Send the r-th of ``size`` equal parts of ``send`` to rank r."""
-
-    @abstractmethod
-    def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
-        """Fill ``receive`` with the ``send`` of all ranks, in rank order."""
-
-    @abstractmethod
-    def _broadcast(self, flat: torch.Tensor, root: int, blocking: bool) -> Request:
-        """Fill ``flat`` with that of ``root``."""
+    # What a backend adds to the transport
 
     @abstractmethod
     def _exchange_words(self, words: Words) -> Words: ...

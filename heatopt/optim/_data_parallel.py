@@ -140,11 +140,10 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         if counts[0]:
             broadcast_state(self._comm, self.torch_optimizer, 0)
 
-    @staticmethod
-    def _refuse_owned(parameters: list[torch.Tensor], names: dict[int, str]) -> None:
+    def _refuse_owned(self, parameters: list[torch.Tensor], names: dict[int, str]) -> None:
         for position, parameter in enumerate(parameters):
             owner = _owners.get(parameter)
-            if owner is not None and owner() is not None:
+            if owner is not None and owner() not in (None, self):
                 raise ValueError(
                     f"parameter {names.get(id(parameter), position)!r} belongs to another DataParallelOptimizer; "
                     "delete that one first, or give each optimizer parameters of its own"
