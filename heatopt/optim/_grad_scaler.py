@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from heatopt.optim._data_parallel import DataParallelOptimizer
@@ -18,10 +20,21 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._enabled and self._scale is None:
-            # This rank has scaled no loss yet; others may have.
-            self._lazy_init_scale_growth_tracker(torch.device(self._device))
+        self._start()
         super().unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        self._start()
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        self._start()
+        super().update(new_scale)
+
+    def _start(self) -> None:
+        """Make the scale, which torch does at the first loss: this rank may have scaled none yet, unlike others."""
+        if self._enabled and self._scale is None:
+            self._lazy_init_scale_growth_tracker(torch.device(self._device))
 
     def _unscale_grads_(
         self,

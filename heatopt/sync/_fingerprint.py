@@ -129,8 +129,9 @@ def first_difference(prints: Sequence[Fingerprint]) -> str:
     if len(ours.groups) != len(theirs.groups):
         return f"number of parameter groups: rank 0 has {len(ours.groups)}, rank {other} has {len(theirs.groups)}"
     for index, (ours_group, theirs_group) in enumerate(zip(ours.groups, theirs.groups, strict=True)):
-        for key, value in ours_group:
-            theirs_value = dict(theirs_group).get(key)
+        mine_options, their_options = dict(ours_group), dict(theirs_group)
+        for key in sorted({*mine_options, *their_options}):
+            value, theirs_value = mine_options.get(key, "none"), their_options.get(key, "none")
             if value != theirs_value:
                 return f"option {key!r} of parameter group {index}: rank 0 has {value}, rank {other} has {theirs_value}"
     return f"rank 0 and rank {other} have different parameter groups"
