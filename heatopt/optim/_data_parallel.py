@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -17,20 +17,11 @@ from heatopt.errors import RankMismatchError
 from heatopt.optim._arguments import check_arguments, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
-from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, make_gradients
+from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, make_gradients, outside_graphs
 
 __all__ = ["DataParallelOptimizer"]
 
 Closure = Callable[[], Any]
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _outside_graphs(function: Function) -> Function:
-    """Keep a method out of compiled graphs, where collectives have no place; torch.optim decorates its own so."""
-    outside: Function = torch._disable_dynamo(function)  # type: ignore[attr-defined, assignment]
-    return outside
-
 
 # Wrapper of each parameter, so that no gradient is averaged by two of them.
 _owners: Any = WeakIdKeyDictionary()
@@ -183,7 +174,6 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     # Training
 
-    @_outside_graphs
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters with the averaged gradients. Collective.
 
@@ -200,6 +190,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """
         if closure is None:
             self._gradients.settle(Call.STEP)
+            if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
+                return self.torch_optimizer.step()
         arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         keywords: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
@@ -254,8 +246,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         scheduler's own counter, a GradScaler, the module's buffers) are left alone: step schedulers outside, or load
         their state from that rank.
         """
-        yield
-        root = self._gradients.serve_joined()
+        with self._gradients.join():
+            yield
+            root = self._gradients.serve_joined()
         broadcast_tensors(self._comm, self._parameters(), root, "the broadcast of parameters after join()")
         broadcast_state(self._comm, self.torch_optimizer, root)
 
@@ -285,9 +278,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     def unscale_agreed(self, found_inf: float) -> float:
         """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""
-        return max(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))
+        return max([found_inf, *(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))])
 
-    @_outside_graphs
+    @outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters and broadcast rank 0's values of them. Collective.
 
@@ -323,7 +316,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         return state_dict
 
-    @_outside_graphs
+    @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Do so on all ranks."""
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

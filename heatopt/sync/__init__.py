@@ -5,6 +5,7 @@ from __future__ import annotations
 from heatopt.sync._broadcast import average_tensors, broadcast_state, broadcast_tensors
 from heatopt.sync._coordinator import Call, Row
 from heatopt.sync._gradients import make_gradients
+from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._local import Gradients
 from heatopt.sync._settings import SyncSettings
 
@@ -17,4 +18,5 @@ __all__ = [
     "broadcast_state",
     "broadcast_tensors",
     "make_gradients",
+    "outside_graphs",
 ]

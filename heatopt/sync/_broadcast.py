@@ -98,15 +98,37 @@ def broadcast_state(comm: Communicator, optimizer: torch.optim.Optimizer, root: 
 class _Placeholder:
     """Stands for a tensor while the structure of a state travels."""
 
-    def __init__(self, tensor: torch.Tensor, parameter_device: bool) -> None:
+    def __init__(self, tensor: torch.Tensor) -> None:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
         self.on_cpu = tensor.device.type == "cpu"
+        self.sparse_parts = _sparse_parts(tensor) if tensor.is_sparse else None
+
+    def allocate(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Memory for the tensor on this rank."""
+        device = torch.device("cpu") if self.on_cpu else parameter.device
+        if self.sparse_parts is None:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        indices, values = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in self.sparse_parts)
+        return torch.sparse_coo_tensor(indices, values, self.shape, is_coalesced=True, check_invariants=False)
+
+    def fits(self, present: object) -> bool:
+        """True if ``present`` can be overwritten in place."""
+        if not isinstance(present, torch.Tensor) or (tuple(present.shape), present.dtype) != (self.shape, self.dtype):
+            return False
+        parts = _sparse_parts(present) if present.is_sparse else None
+        return parts == self.sparse_parts and (parts is None or present.is_coalesced())
+
+
+def _sparse_parts(tensor: torch.Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the indices and values of the coalesced tensor."""
+    tensor = tensor.coalesce()
+    return [(tuple(part.shape), part.dtype) for part in (tensor.indices(), tensor.values())]
 
 
 def _skeleton(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return _Placeholder(value, True)
+        return _Placeholder(value)
     if isinstance(value, dict):
         return {key: _skeleton(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -117,13 +139,10 @@ def _skeleton(value: Any) -> Any:
 def _fill(present: Any, wanted: Any, parameter: torch.Tensor, tensors: list[torch.Tensor]) -> Any:
     """Return ``wanted`` with memory for its tensors, which are appended to ``tensors`` in a fixed order."""
     if isinstance(wanted, _Placeholder):
-        fits = isinstance(present, torch.Tensor) and (tuple(present.shape), present.dtype) == (
-            wanted.shape,
-            wanted.dtype,
-        )
-        device = torch.device("cpu") if wanted.on_cpu else parameter.device
-        target = present if fits else torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
-        tensors.append(target)
+        if wanted.sparse_parts is not None and isinstance(present, torch.Tensor) and present.is_sparse:
+            present = present.coalesce()
+        target = present if wanted.fits(present) else wanted.allocate(parameter)
+        tensors.extend((target._indices(), target._values()) if target.is_sparse else (target,))
         return target
     if isinstance(wanted, dict):
         old = present if isinstance(present, dict) else {}

@@ -21,6 +21,8 @@ from __future__ import annotations
 import struct
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
@@ -120,6 +122,10 @@ class Coordinator:
         self._members: dict[int, weakref.ref[Member]] = {}
         self._next_number = 0
         self._constructing: Member | None = None  # has no number before all ranks have agreed
+        self._joins: list[int] = []  # numbers of the members whose join() is open, outermost first
+        self._trained_last = True  # False once this rank has served others within the outermost join()
+        self.serves = False
+        """True while this rank, at the end of a join(), has no data of its own for any member."""
 
     @property
     def live_members(self) -> int:
@@ -163,25 +169,48 @@ class Coordinator:
             self._settle(rows, member)
             return rows
 
+    @contextmanager
+    def join(self, member: Member) -> Iterator[None]:
+        """The context of one join(); they may be nested, one for each member."""
+        if not self._joins:
+            self._trained_last = True
+        self._joins.append(member.number)
+        try:
+            yield
+        finally:
+            self._joins.pop()
+
     def serve_joined(self, member: Member, what: str) -> int:
         """Take part in the other ranks' rounds, without data, until all ranks are in join().
 
         Returns:
             The lowest of the ranks that trained last.
         """
-        trained_last = True
-        while True:
-            rows = self._exchange(Row(Call.JOIN, member.number, 0, member.plan_digest, 0, 0.0), what)
-            active = [r for r in rows if r.call != Call.JOIN]
-            if not active:
-                self._require_one_member(rows)
-                table = self.channel.exchange_words(np.array([trained_last], dtype=np.int64), what)
-                return int(table[:, 0].argmax())
-            trained_last = False
-            if any(r.call == Call.BACKWARD for r in rows):
-                self._serve(rows, None)
-            else:
-                self._settle(rows, self._member(active[0].member))
+        self.serves = True
+        try:
+            while True:
+                rows = self._exchange(Row(Call.JOIN, member.number, 0, member.plan_digest, 0, 0.0), what)
+                active = [r for r in rows if r.call != Call.JOIN]
+                if not active:
+                    self._require_one_member(rows)
+                    table = self.channel.exchange_words(np.array([self._trained_last], dtype=np.int64), what)
+                    return int(table[:, 0].argmax())
+                self._trained_last = False
+                if any(r.call == Call.BACKWARD for r in rows):
+                    self._serve(rows, None)
+                else:
+                    self._require_joined(active[0])
+                    self._settle(rows, self._member(active[0].member))
+        finally:
+            self.serves = False
+
+    def _require_joined(self, row: Row) -> None:
+        """An update that this rank misses must be of an optimizer that it receives at the end of join()."""
+        if row.call in (Call.STEP, Call.CLOSURE) and row.member not in self._joins:
+            raise RankMismatchError(
+                f"rank {self.channel.rank} is at the end of join() while others are in {_describe(row)}, whose join() "
+                "is not open here: enter the join() of every optimizer that the loop steps"
+            )
 
     def _settle(self, rows: list[Row], member: Member) -> None:
         """All ranks are in a call that wants final gradients: check that it is one call, reduce what is left."""

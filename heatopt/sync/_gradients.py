@@ -15,6 +15,7 @@ from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, Call, Coordinator, Row, bucket_bit, coordinator_of
 from heatopt.sync._fingerprint import Fingerprint, NumericOptions, numeric_options, options_hash
+from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._local import Gradients, LocalGradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
@@ -62,7 +63,6 @@ class GradientSync(Gradients):
         self._plan = GradientPlan(groups, names, settings)
         self._coordinator: Coordinator | None = None
         self._state = _State.DETACHED
-        self._contributes = True  # False while this rank is in join()
         self._no_sync_depth = 0
         self._backwards = 0  # completed since the last synchronised one
         self._waiting_for: list[set[int]] = []  # per bucket, the parameters whose hook has not fired
@@ -91,7 +91,12 @@ class GradientSync(Gradients):
         return [numeric_options(group) for group in self._groups()]
 
     def pending_mask(self) -> int:
-        return self._plan.pending_mask() if self._contributes else 0
+        return self._plan.pending_mask()
+
+    @property
+    def _contributes(self) -> bool:
+        """False while this rank serves others at the end of a join()."""
+        return self._coordinator is None or not self._coordinator.serves
 
     def replan(self) -> None:
         self.plan_digest = self._plan.replan(self._channel())
@@ -124,6 +129,7 @@ class GradientSync(Gradients):
         self._hook_new_parameters()
         self._lay_out(())
 
+    @outside_graphs
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
         self.attach()
         self.forget_backward()
@@ -132,14 +138,17 @@ class GradientSync(Gradients):
         self._backwards = 0
         return rows
 
-    def serve_joined(self) -> int:
+    @contextmanager
+    def join(self) -> Iterator[None]:
         self.attach()
         assert self._coordinator is not None
-        self._contributes = False
-        try:
-            return self._coordinator.serve_joined(self, self._what(Call.JOIN))
-        finally:
-            self._contributes = True
+        with self._coordinator.join(self):
+            yield
+
+    def serve_joined(self) -> int:
+        assert self._coordinator is not None
+        self._channel()
+        return self._coordinator.serve_joined(self, self._what(Call.JOIN))
 
     def forget_backward(self) -> None:
         if self._state not in (_State.DETACHED, _State.IDLE) and self._backward_alive() is None:

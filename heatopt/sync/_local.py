@@ -19,11 +19,19 @@ class Gradients(ABC):
 
     @abstractmethod
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
-        """Return, with the rows of all ranks, when all ranks are in ``call`` and all gradients are averages."""
+        """Return when all ranks are in ``call`` and all gradients are averages.
+
+        Returns:
+            What all ranks announced; nothing if there is nobody to ask.
+        """
 
     @abstractmethod
     def extend(self) -> None:
         """Parameters were added to the groups. Collective."""
+
+    @abstractmethod
+    def join(self) -> AbstractContextManager[None]:
+        """The context of a loop that may end earlier on some ranks; ends with :meth:`serve_joined`."""
 
     @abstractmethod
     def serve_joined(self) -> int:
@@ -45,10 +53,13 @@ class LocalGradients(Gradients):
         pass
 
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
-        return [Row(call, 0, 0, 0, 0, payload)]
+        return []
 
     def extend(self) -> None:
         pass
+
+    def join(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def serve_joined(self) -> int:
         return 0
