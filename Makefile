@@ -61,7 +61,7 @@ types: env ## check the types
 	$(BIN)/mypy
 
 docs: env ## build the documentation into build/site
-	$(BIN)/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 check: lint types docs test ## all of lint, types, docs and test: what continuous integration runs
 

@@ -184,10 +184,14 @@ class Communicator(Transport):
         """Return the group of this node's ranks and the group of the ranks with this ``node_rank`` on all nodes."""
         return NodeGroups(self.split(self.node_index, self.rank), self.split(self.node_rank, self.node_index))
 
-    def duplicate(self) -> Communicator:
-        """Return a communicator of the same ranks whose traffic never meets this one's. Collective."""
-        self._agree("duplicate", "duplicate()")
-        return self._make_group([list(range(self.size))], "duplicate()")
+    def duplicate(self, purpose: str = "duplicate()") -> Communicator:
+        """Return a communicator of the same ranks whose traffic never meets this one's. Collective.
+
+        Args:
+            purpose: names the call in messages.
+        """
+        self._agree(f"duplicate for {purpose}", purpose)
+        return self._make_group([list(range(self.size))], purpose)
 
     def _make_group(self, groups: list[list[int]], what: str) -> Communicator:
         self._queue.drain()
@@ -353,7 +357,11 @@ class Communicator(Transport):
         rows = self.exchange_words(words, described)
         if (rows == words).all():
             return
-        calls = self.exchange_objects(described, "comparison of calls")
+        answers = self.exchange_objects((described, self._operations), "comparison of calls")
+        # Whoever catches the error goes on with the same number of operations as the others.
+        self._operations = max(operations for _, operations in answers)
+        self._enter()
+        calls = [call for call, _ in answers]
         other = next(rank for rank, call in enumerate(calls) if call != calls[0])
         raise RankMismatchError(
             f"ranks make different collective calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}; "

@@ -85,7 +85,8 @@ class TorchCommunicator(Communicator):
 
     Args:
         store: key-value store that all ranks reach; default: that of the initialised default process group.
-        rank, size: this process's number and the number of processes; default: those of the default process group.
+        rank: this process's number; default: that of the default process group.
+        size: number of processes; default: that of the default process group.
         timeout: seconds; default ``HEATOPT_TIMEOUT`` or 600.
         nccl: use NCCL for CUDA tensors; default: if the default group does, or a GPU is there for each rank of a node.
 

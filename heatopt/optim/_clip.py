@@ -13,14 +13,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @torch.no_grad()
 def clip_gradients(
-    gradients: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
+    parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> torch.Tensor:
-    """Scale ``gradients`` in place so that their joint norm is at most ``max_norm``; return the norm before.
+    """Scale the gradients of ``parameters`` in place so that their joint norm is at most ``max_norm``; return the norm before.
 
     As :func:`torch.nn.utils.clip_grad_norm_`, but half types are summed in single precision and sparse gradients
     count by their coalesced values.
     """
-    values = [_values(gradient) for gradient in gradients]
+    values = [_values(p) for p in parameters if p.grad is not None and p.grad.numel()]
     if not values:
         return torch.tensor(0.0)
     norms = [
@@ -43,16 +43,12 @@ def clip_gradients(
     return total
 
 
-def _values(gradient: torch.Tensor) -> torch.Tensor:
-    gradient = gradient.detach()
+def _values(parameter: torch.Tensor) -> torch.Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
     if gradient.layout is torch.strided:
-        return gradient
-    # Averaged sparse gradients are coalesced; one that is not would count an index twice.
-    return gradient._values() if gradient.is_coalesced() else _coalesce_in_place(gradient)
-
-
-def _coalesce_in_place(gradient: torch.Tensor) -> torch.Tensor:
-    coalesced = gradient.coalesce()
-    gradient.copy_(coalesced)
-    gradient._coalesced_(True)
-    return gradient._values()
+        return gradient.detach()
+    if not gradient.is_coalesced():
+        # The sum of what stands for one index counts, not each part of it.
+        parameter.grad = gradient = gradient.coalesce()
+    return gradient.detach()._values()

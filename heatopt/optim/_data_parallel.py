@@ -273,8 +273,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             The norm of all gradients before the scaling, a tensor of no dimension, equal on all ranks.
         """
         self._gradients.settle(Call.CLIP)
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        return clip_gradients(gradients, float(max_norm), float(norm_type), error_if_nonfinite)
+        return clip_gradients(self._parameters(), float(max_norm), float(norm_type), error_if_nonfinite)
 
     def unscale_agreed(self, found_inf: float) -> float:
         """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""

@@ -25,7 +25,7 @@ def broadcast_parameters(
     comm = world() if comm is None else comm
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else list(model)
     comm.check_root(root)
-    comm.agree_on([(tuple(t.shape), str(t.dtype)) for t in tensors], "broadcast_parameters()")
+    comm.agree_on([root, *((tuple(t.shape), str(t.dtype)) for t in tensors)], "broadcast_parameters()")
     broadcast_tensors(comm, tensors, root, "broadcast_parameters()")
 
 
@@ -44,7 +44,7 @@ def broadcast_optimizer_state(
     comm.check_root(root)
     inner = optimizer.torch_optimizer if isinstance(optimizer, DataParallelOptimizer) else optimizer
     shapes = [[tuple(p.shape) for p in group["params"]] for group in inner.param_groups]
-    comm.agree_on([type(inner).__name__, *shapes], "broadcast_optimizer_state()")
+    comm.agree_on([root, type(inner).__name__, *shapes], "broadcast_optimizer_state()")
     broadcast_state(comm, inner, root)
 
 

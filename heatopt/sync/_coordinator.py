@@ -118,7 +118,7 @@ class Coordinator:
     """All optimizers of one communicator: their numbers, their channel, their agreements."""
 
     def __init__(self, comm: Communicator) -> None:
-        self.channel = comm.duplicate()
+        self.channel = comm.duplicate("the construction of the first optimizer")
         self._members: dict[int, weakref.ref[Member]] = {}
         self._next_number = 0
         self._constructing: Member | None = None  # has no number before all ranks have agreed
