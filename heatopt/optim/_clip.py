@@ -15,7 +15,10 @@ _HALF = (torch.float16, torch.bfloat16)
 def clip_gradients(
     parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool
 ) -> torch.Tensor:
-    """Scale the gradients of ``parameters`` in place so that their joint norm is at most ``max_norm``; return the norm before.
+    """Scale the gradients of ``parameters`` in place so that their joint norm is at most ``max_norm``.
+
+    Returns:
+        The norm before.
 
     As :func:`torch.nn.utils.clip_grad_norm_`, but half types are summed in single precision and sparse gradients
     count by their coalesced values.
