@@ -1,0 +1,19 @@
+"""Says which communicator this process has, and what was imported for it."""
+
+from __future__ import annotations
+
+import sys
+
+import heatopt
+
+
+def main() -> None:
+    comm = heatopt.world()
+    imported = "imported" if "mpi4py.MPI" in sys.modules else "not imported"
+    print(
+        f"rank {comm.rank} of {comm.size} | {type(comm).__name__} | mpi4py {imported} | {comm.timeout:g} s", flush=True
+    )
+
+
+if __name__ == "__main__":
+    main()

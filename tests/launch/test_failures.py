@@ -1,0 +1,185 @@
+"""What one rank does ends the job on all ranks, soon, with the cause on stderr: real jobs under real launchers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.launch import LAUNCH
+from tests.support.launcher import Finished, Kind, launch
+
+pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="starts launchers itself")
+
+# The time-out is 600 s where a test sets none, so whatever ends within this was noticed.
+SOON = 30.0
+PARAMETERS = "decoder.bias, decoder.weight, encoder.bias"
+
+
+def assert_ended(job: Finished, *patterns: str, survivors: bool = False) -> None:
+    """The job has failed soon after the fault, and each pattern is on stderr."""
+    assert job.returncode != 0, job.text
+    assert job.after_fault is not None, job.text
+    assert job.after_fault < SOON, job.text
+    for pattern in patterns:
+        assert re.search(pattern, job.stderr), f"no {pattern!r} in\n{job.text}"
+    if not survivors:
+        assert "has finished" not in job.stdout, job.text
+
+
+# A rank fails
+
+
+@pytest.mark.parametrize(
+    ("where", "rank", "size", "kind"),
+    [
+        ("before", 0, 2, "mpi"),
+        ("before", 2, 3, "mpi"),
+        ("hook", 1, 2, "mpi"),
+        ("hook", 0, 3, "mpi"),
+        ("after", 3, 4, "mpi"),
+        ("before", 1, 2, "torch"),
+        ("hook", 0, 2, "torch"),
+    ],
+)
+def test_exception(where: str, rank: int, size: int, kind: Kind) -> None:
+    job = launch("train.py", f"raise-{where}", rank, size=size, kind=kind)
+    assert_ended(job, r"BatchError: cannot read batch 17", rf"rank {rank} failed with BatchError: cannot read batch 17")
+    assert job.stderr.count("BatchError: cannot read batch 17\nheatopt: rank") == 1  # the traceback comes first, once
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(0, "mpi"), (1, "torch")])
+def test_exit_with_a_code(rank: int, kind: Kind) -> None:
+    assert_ended(launch("train.py", "exit-3", rank, kind=kind), rf"rank {rank}\b.* left|left the program: rank {rank}")
+
+
+def test_exit_with_a_text() -> None:
+    job = launch("train.py", "exit-text", 1, size=3)
+    assert_ended(job, "no licence left", "rank 1 left the program")
+
+
+@pytest.mark.parametrize(("rank", "size", "kind"), [(0, 2, "mpi"), (1, 2, "torch")])
+def test_early_exit_without_an_error(rank: int, size: int, kind: Kind) -> None:
+    job = launch("train.py", "exit-0", rank, size=size, kind=kind)
+    assert_ended(job, rf"RankFailedError.*rank {rank}\b", "SGD", re.escape(PARAMETERS))
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 2), (0, 3)])
+def test_fewer_steps(rank: int, size: int) -> None:
+    job = launch("train.py", "fewer-steps", rank, size=size)
+    assert_ended(job, rf"RankFailedError: rank {rank} left the program while rank \d waited", re.escape(PARAMETERS))
+    assert "use join()" in job.stderr
+
+
+def test_end_of_the_program_before_the_optimizer_is_made() -> None:
+    assert_ended(launch("train.py", "leave-first", 1), "RankFailedError: rank 1 left the program")
+
+
+@pytest.mark.parametrize(("fault", "size", "kind"), [("os-exit", 2, "mpi"), ("kill", 3, "mpi"), ("kill", 2, "torch")])
+def test_sudden_death(fault: str, size: int, kind: Kind) -> None:
+    # Nobody is left to tell why, but the launcher, which names the rank.
+    named = {"mpi": r"rank 1\b|,1\]", "torch": r"rank\s*: 1|rank 1"}[kind]
+    assert_ended(launch("train.py", fault, 1, size=size, kind=kind), named)
+
+
+def test_abort() -> None:
+    job = launch("train.py", "abort", 1, size=3)
+    assert_ended(job, "heatopt: the disk is full")
+    assert job.returncode == 5
+
+
+# Ranks do not do the same
+
+
+@pytest.mark.parametrize(("size", "kind"), [(3, "mpi"), (2, "torch")])
+def test_disagreements_are_errors_on_all_ranks(size: int, kind: Kind) -> None:
+    """Each is caught on all ranks, with the same text, and training goes on."""
+    job = launch("mismatches.py", size=size, kind=kind, limit=120.0)
+    assert job.returncode == 0, job.text
+    assert job.stdout.count("has finished") == size
+    odd = f"rank {size - 1}"
+    expected = {
+        "construction": (r"rank 0 .*", rf"{odd} .*allreduce"),
+        "shape": (r"'a\.weight' of shape \(6, 4\)", rf"{odd} has 'a\.weight' of shape \(7, 4\)"),
+        "count": (r"rank 0 has 4, ", rf"{odd} has 6.*{odd} has 'c\.weight'"),
+        "dtype": (r"rank 0 has 'b\.weight' .*float32", rf"{odd} has 'b\.weight' .*bfloat16"),
+        "order": (r"rank 0 has 'a\.weight'", rf"{odd} has 'b\.bias'", "another order"),
+        "names": (r"rank 0 has 'b\.weight'", rf"{odd} has 'x\.weight'"),
+        "group_count": (r"'b\.weight' .*group 0", rf"{odd} has 'b\.weight' .*group 1"),
+        "option": (r"'weight_decay'.*rank 0 has 0\.01", r"rank 1 has 0\.02"),
+        "algorithm": (r"rank 0 has Adadelta", rf"{odd} has Adagrad"),
+        "setting": (r"bucket_mb.*rank 0 has 4", rf"{odd} has 3"),
+        "learning_rate": (r"'lr'.*rank 0 has 0\.1", rf"{odd} has 0\.2"),
+        "clip": (r"rank 0 is in step\(\)", rf"{odd} is in clip_grad_norm_\(\)"),
+        "clip_without_backward": (r"rank 0 is in step\(\)", rf"{odd} is in clip_grad_norm_\(\)"),
+        "added_group": (r"rank 0 is in step\(\)", rf"{odd} is in add_param_group\(\)"),
+    }
+    found: dict[str, dict[str, str]] = {}
+    for rank, name, message in re.findall(r"^(rank \d) \| (\w+) \| (.*)$", job.stdout, re.MULTILINE):
+        found.setdefault(name, {})[rank] = message
+    assert found.keys() == expected.keys()
+    for name, by_rank in found.items():
+        assert by_rank.keys() == {f"rank {rank}" for rank in range(size)}, name
+        assert len(set(by_rank.values())) == 1, by_rank
+        message = by_rank["rank 0"]
+        assert message.startswith("RankMismatchError: "), message
+        for pattern in expected[name]:
+            assert re.search(pattern, message), f"{name}: no {pattern!r} in {message}"
+
+
+def test_disagreement_that_nobody_catches() -> None:
+    job = launch("mismatches.py", "shape")
+    assert_ended(job, r"RankMismatchError: .*rank 1 has 'a\.weight' of shape \(7, 4\)")
+
+
+@pytest.mark.parametrize(
+    ("fault", "call", "size", "kind"),
+    [
+        ("allreduce", "allreduce mean", 2, "mpi"),
+        ("barrier", "barrier", 3, "mpi"),
+        ("allreduce", "allreduce mean", 2, "torch"),
+    ],
+)
+def test_ranks_that_wait_for_each_other(fault: str, call: str, size: int, kind: Kind) -> None:
+    job = launch("train.py", fault, 1, size=size, kind=kind)
+    assert_ended(job, r"RankMismatchError: rank \d waits in .* while rank \d waits in ", call, "SGD")
+
+
+# A rank is late
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "size", "kind", "call"),
+    [
+        ("sleep-before", 1, 2, "mpi", r"backward\(\)"),
+        ("sleep-after", 2, 3, "mpi", r"step\(\)"),
+        ("sleep-after", 0, 2, "torch", r"step\(\)"),
+    ],
+)
+def test_stall(fault: str, rank: int, size: int, kind: Kind, call: str) -> None:
+    job = launch("train.py", fault, rank, 3, size=size, kind=kind)
+    assert_ended(
+        job,
+        rf"CollectiveTimeoutError: rank \d waited 3 s in {call} of SGD \(bucket 0: {re.escape(PARAMETERS)}",
+        rf"late: rank {rank} \(at .*train\.py:\d+",
+    )
+
+
+def test_stall_with_the_timeout_of_the_environment() -> None:
+    job = launch("train.py", "sleep-before", 0, env={"HEATOPT_TIMEOUT": "4"})
+    assert_ended(job, r"CollectiveTimeoutError: rank 1 waited 4 s", r"late: rank 0 ")
+
+
+@pytest.mark.parametrize("kind", ["mpi", "torch"])
+def test_slow_but_right(kind: Kind) -> None:
+    job = launch("slow.py", kind=kind, env={"HEATOPT_TIMEOUT": "3"})
+    assert job.returncode == 0, job.text
+    assert job.stdout.count("has finished") == 2
+
+
+def test_polling_does_not_hide_a_dead_rank() -> None:
+    """Without a launcher that ends rank 0 as well: it has to find out."""
+    job = launch("polling.py", kind="env")
+    assert job.returncodes == (1, 1), job.text
+    assert "RankFailedError: rank 0 lost contact" in job.stderr
+    assert "completed" not in job.stdout
