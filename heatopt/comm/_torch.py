@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +21,7 @@ from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._exit import end_job_on_exception, tell_on_exit
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
-from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
+from heatopt.comm._watchdog import Bulletin, Phase, Snapshot, Watchdog
 from heatopt.comm._work import Request
 from heatopt.errors import RankFailedError
 
@@ -62,10 +63,13 @@ class _TorchRequest(Request):
 class _StoreBulletin(Bulletin):
     """A log of posts in the group's key-value store."""
 
-    def __init__(self, store: Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, patience: float) -> None:
         self._store = dist.PrefixStore("heatopt/bulletin", store)
         self._rank = rank
+        self._size = size
+        self._patience = patience
         self._read = 0
+        self._left: set[int] = set()
 
     def post(self, snapshot: Snapshot) -> None:
         number = self._store.add("posts", 1)
@@ -75,7 +79,16 @@ class _StoreBulletin(Bulletin):
         count = self._store.add("posts", 0)
         posts = [pickle.loads(self._store.get(f"post/{number}")) for number in range(self._read + 1, count + 1)]
         self._read = count
+        self._left.update(post.rank for post in posts if post.phase is Phase.LEFT)
         return [post for post in posts if post.rank != self._rank]
+
+    def close(self) -> None:
+        # Rank 0's process is where the store lives, unless torchrun's agent has it: it goes last.
+        if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            deadline = time.monotonic() + self._patience
+            while len(self._left) < self._size and time.monotonic() < deadline:
+                self.poll()
+                time.sleep(0.05)
 
 
 class TorchCommunicator(Communicator):
@@ -124,7 +137,7 @@ class TorchCommunicator(Communicator):
         if size > 1:
             # A connection of the watchdog's own: the main thread may block in the store.
             own = store.clone() if hasattr(store, "clone") else store
-            self._watchdog = Watchdog(rank, size, _StoreBulletin(own, rank), self._end_job)
+            self._watchdog = Watchdog(rank, size, _StoreBulletin(own, rank, size, timeout), self._end_job)
             tell_on_exit(self._watchdog.leave)
             end_job_on_exception(rank, self._end_job)
 

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from heatopt._log import logger
+
 __all__ = ["Bulletin", "Phase", "Snapshot", "Watchdog"]
 
 # What a rank has sent before it left arrives within these seconds.
@@ -74,8 +76,22 @@ class Bulletin(ABC):
     def poll(self) -> list[Snapshot]:
         """What other ranks posted since the last call."""
 
-    def close(self) -> None:  # noqa: B027  (nothing to do is a valid way to close)
-        """Deliver what was posted, as far as possible within a second."""
+    @abstractmethod
+    def close(self) -> None:
+        """The last call: deliver what was posted, as far as possible within a second."""
+
+
+class _NoBulletin(Bulletin):
+    """After a bulletin has failed, its peers being gone, say: the clock is still watched."""
+
+    def post(self, snapshot: Snapshot) -> None:
+        pass
+
+    def poll(self) -> list[Snapshot]:
+        return []
+
+    def close(self) -> None:
+        pass
 
 
 class Watchdog:
@@ -131,8 +147,11 @@ class Watchdog:
         """This rank's program ends. Stops the thread and tells the others."""
         self._stopped.set()
         self._thread.join(timeout=5.0)
-        self._bulletin.post(Snapshot(self._rank, Phase.LEFT, "its program has ended", entered=dict(self._entered)))
-        self._bulletin.close()
+        try:
+            self._bulletin.post(Snapshot(self._rank, Phase.LEFT, "its program has ended", entered=dict(self._entered)))
+            self._bulletin.close()
+        except Exception as error:  # nobody is left to tell
+            logger.debug("the bulletin failed at the end: %s", error)
 
     # Watchdog thread
 
@@ -140,11 +159,9 @@ class Watchdog:
         while not self._stopped.wait(self._tick):
             try:
                 self._look()
-            except Exception:
-                # A broken bulletin (a peer's socket is gone, say) must not end the watch over the clock.
-                if self._stopped.is_set():
-                    return
-                self._check_clock()
+            except Exception as error:
+                logger.debug("the bulletin failed: %s", error)
+                self._bulletin = _NoBulletin()
 
     def _look(self) -> None:
         for snapshot in self._bulletin.poll():

@@ -34,12 +34,10 @@ def assert_ended(job: Finished, *patterns: str, survivors: bool = False) -> None
     ("where", "rank", "size", "kind"),
     [
         ("before", 0, 2, "mpi"),
-        ("before", 2, 3, "mpi"),
-        ("hook", 1, 2, "mpi"),
-        ("hook", 0, 3, "mpi"),
-        ("after", 3, 4, "mpi"),
+        ("after", 1, 2, "mpi"),
+        ("hook", 2, 3, "mpi"),
+        ("hook", 3, 4, "mpi"),
         ("before", 1, 2, "torch"),
-        ("hook", 0, 2, "torch"),
     ],
 )
 def test_exception(where: str, rank: int, size: int, kind: Kind) -> None:
@@ -64,10 +62,9 @@ def test_early_exit_without_an_error(rank: int, size: int, kind: Kind) -> None:
     assert_ended(job, rf"RankFailedError.*rank {rank}\b", "SGD", re.escape(PARAMETERS))
 
 
-@pytest.mark.parametrize(("rank", "size"), [(1, 2), (0, 3)])
-def test_fewer_steps(rank: int, size: int) -> None:
-    job = launch("train.py", "fewer-steps", rank, size=size)
-    assert_ended(job, rf"RankFailedError: rank {rank} left the program while rank \d waited", re.escape(PARAMETERS))
+def test_fewer_steps() -> None:
+    job = launch("train.py", "fewer-steps", 0, size=3)
+    assert_ended(job, r"RankFailedError: rank 0 left the program while rank \d waited", re.escape(PARAMETERS))
     assert "use join()" in job.stderr
 
 
@@ -135,7 +132,6 @@ def test_disagreement_that_nobody_catches() -> None:
 @pytest.mark.parametrize(
     ("fault", "call", "size", "kind"),
     [
-        ("allreduce", "allreduce mean", 2, "mpi"),
         ("barrier", "barrier", 3, "mpi"),
         ("allreduce", "allreduce mean", 2, "torch"),
     ],
@@ -170,7 +166,7 @@ def test_stall_with_the_timeout_of_the_environment() -> None:
     assert_ended(job, r"CollectiveTimeoutError: rank 1 waited 4 s", r"late: rank 0 ")
 
 
-@pytest.mark.parametrize("kind", ["mpi", "torch"])
+@pytest.mark.parametrize("kind", ["mpi", "torch"], ids=["mpirun", "torchrun"])  # pytest-mpi takes "mpi" for its marker
 def test_slow_but_right(kind: Kind) -> None:
     job = launch("slow.py", kind=kind, env={"HEATOPT_TIMEOUT": "3"})
     assert job.returncode == 0, job.text

@@ -30,9 +30,9 @@ def test_no_launcher() -> None:
 @pytest.mark.parametrize(
     ("size", "late", "per_node", "places"),
     [
-        (2, 1, "", ["(0, 0, 2, 1)", "(0, 1, 2, 1)"]),
-        (3, 0, "2", ["(0, 0, 2, 2)", "(0, 1, 2, 2)", "(1, 0, 1, 2)"]),
-        (4, 3, "2", ["(0, 0, 2, 2)", "(0, 1, 2, 2)", "(1, 0, 2, 2)", "(1, 1, 2, 2)"]),
+        (3, 0, "", ["(0, 0, 3, 1)", "(0, 1, 3, 1)", "(0, 2, 3, 1)"]),
+        (3, 2, "2", ["(0, 0, 2, 2)", "(0, 1, 2, 2)", "(1, 0, 1, 2)"]),
+        (4, 1, "2", ["(0, 0, 2, 2)", "(0, 1, 2, 2)", "(1, 0, 2, 2)", "(1, 1, 2, 2)"]),
     ],
 )
 def test_mpirun(size: int, late: int, per_node: str, places: list[str]) -> None:
@@ -43,8 +43,9 @@ def test_mpirun(size: int, late: int, per_node: str, places: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("late", "arguments"), [(0, ()), (1, ("default-group",))], ids=["own", "default-group"])
-def test_torchrun(late: int, arguments: tuple[str, ...]) -> None:
-    job = launch("healthy.py", late, *arguments, kind="torch", env={"HEATOPT_RANKS_PER_NODE": "1"})
+def test_torchrun_without_mpi4py(late: int, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    env = {"HEATOPT_RANKS_PER_NODE": "1", "PYTHONPATH": blocked_module(tmp_path, "mpi4py")}
+    job = launch("healthy.py", late, *arguments, kind="torch", env=env)
     assert_healthy(job, 2)
     wanted = [f"rank {rank} of 2 | TorchCommunicator | ({rank}, 0, 1, 2)" for rank in range(2)]
     assert sorted(job.stdout.splitlines()) == wanted
@@ -55,22 +56,15 @@ def test_variables_without_a_launcher() -> None:
     assert_healthy(launch("healthy.py", 1, kind="env"), 2)
 
 
-@pytest.mark.parametrize(("size", "late"), [(2, 0), (3, 2)])
-def test_torch_distributed_from_mpi(size: int, late: int) -> None:
-    assert_healthy(launch("bootstrap.py", late, size=size), size)
+def test_torch_distributed_from_mpi() -> None:
+    assert_healthy(launch("bootstrap.py", 2, size=3), 3)
 
 
-@pytest.mark.parametrize("kind", ["mpi", "torch"])
+@pytest.mark.parametrize("kind", ["mpi", "torch"], ids=["mpirun", "torchrun"])  # pytest-mpi takes "mpi" for its marker
 def test_one_rank_under_a_launcher(kind: Kind) -> None:
     job = launch("where.py", size=1, kind=kind)
     assert_healthy(job, 1)
     assert job.stdout == "rank 0 of 1 | SingleCommunicator | mpi4py not imported | 600 s\n"
-
-
-def test_torchrun_does_not_need_mpi4py(tmp_path: Path) -> None:
-    job = launch("where.py", kind="torch", env={"PYTHONPATH": blocked_module(tmp_path, "mpi4py")})
-    assert_healthy(job, 2)
-    assert job.stdout.count("TorchCommunicator | mpi4py not imported") == 2
 
 
 def test_mpirun_without_mpi4py(tmp_path: Path) -> None:
@@ -84,10 +78,8 @@ def test_mpirun_without_mpi4py(tmp_path: Path) -> None:
     ("name", "value", "kind"),
     [
         ("HEATOPT_RANKS_PER_NODE", "0", "mpi"),
-        ("HEATOPT_RANKS_PER_NODE", "two", "torch"),
-        ("HEATOPT_TIMEOUT", "-1", "mpi"),
         ("HEATOPT_TIMEOUT", "soon", "torch"),
-        ("HEATOPT_TIMEOUT", "soon", "none"),
+        ("HEATOPT_TIMEOUT", "-1", "none"),
     ],
 )
 def test_wrong_setting_in_the_environment(name: str, value: str, kind: Kind) -> None:
@@ -95,12 +87,6 @@ def test_wrong_setting_in_the_environment(name: str, value: str, kind: Kind) -> 
     assert job.returncode != 0
     assert job.stdout == ""
     assert re.search(rf"ValueError: environment variable {name} must be .*got {value!r}", job.stderr), job.text
-
-
-def test_setting_of_the_environment_reaches_the_communicator() -> None:
-    job = launch("where.py", env={"HEATOPT_TIMEOUT": "12.5"})
-    assert_healthy(job, 2)
-    assert job.stdout.count("| 12.5 s") == 2
 
 
 def test_program_is_run_by_this_python() -> None:

@@ -128,6 +128,10 @@ def test_t26_model_compiled(ranks: Ranks, when: str) -> None:
     ranks(body)
 
 
+# The compiler makes torch's AdamW compute its corrections in single precision.
+IN_STEP = {"rtol": 1e-4, "atol": 1e-6}
+
+
 @pytest.mark.parametrize("make", [sgd, adamw], ids=lambda make: make.__name__)
 def test_t26_step_compiled(ranks: Ranks, make: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
     """As torch's tutorial compiles an optimizer: ``step`` in a compiled function, also with gradients set by hand."""
@@ -151,8 +155,8 @@ def test_t26_step_compiled(ranks: Ranks, make: Callable[[nn.Module], torch.optim
                     other.grad = other.detach() * (comm.size + 1) / 2
             update()
             plain.step()
-        assert_close(model, expected)
-        assert_close(optimizer, plain)
+        assert_close(model, expected, **IN_STEP)
+        assert_close(optimizer, plain, **IN_STEP)
         assert_ranks_equal(comm, model, optimizer)
 
     ranks(body)
@@ -167,8 +171,8 @@ def test_t26_bound_step_compiled(ranks: Ranks) -> None:
             optimizer.zero_grad()
             loss_of(model, batch(step, comm.rank)).backward()
             step_of()
-        assert_close(optimizer, reference(adamw, expected, comm.size, 3))
-        assert_close(model, expected)
+        assert_close(optimizer, reference(adamw, expected, comm.size, 3), **IN_STEP)
+        assert_close(model, expected, **IN_STEP)
         assert_ranks_equal(comm, model, optimizer)
 
     ranks(body)
@@ -190,8 +194,8 @@ def test_t26_whole_step_compiled(ranks: Ranks) -> None:
 
         for step in range(3):
             update(*batch(step, comm.rank))
-        assert_close(optimizer, reference(adamw, expected, comm.size, 3))
-        assert_close(model, expected)
+        assert_close(optimizer, reference(adamw, expected, comm.size, 3), **IN_STEP)
+        assert_close(model, expected, **IN_STEP)
         assert_ranks_equal(comm, model, optimizer)
 
     ranks(body)

@@ -129,18 +129,17 @@ class Table(nn.Module):
     """An embedding with sparse gradients: the sum of a sample's rows is its prediction.
 
     Args:
-        dtype: of the rows.
         dense: have a dense parameter beside it.
     """
 
     rows = 9
     width = 3
 
-    def __init__(self, dtype: torch.dtype = torch.float64, *, dense: bool = False) -> None:
+    def __init__(self, *, dense: bool = False) -> None:
         super().__init__()
-        weight = random((self.rows, self.width), dtype, 3)
+        weight = random((self.rows, self.width), torch.float64, 3)
         self.embedding = nn.Embedding(self.rows, self.width, sparse=True, _weight=weight)
-        self.shift = nn.Parameter(random((self.width,), dtype, 5)) if dense else None
+        self.shift = nn.Parameter(random((self.width,), torch.float64, 5)) if dense else None
 
     def forward(self, words: Words) -> Tensor:
         """The mean loss over the samples."""
@@ -149,9 +148,9 @@ class Table(nn.Module):
         return error.square().sum(dim=1).mean()
 
 
-def words(samples: list[list[int]], step: int, dtype: torch.dtype = torch.float64) -> Words:
-    """Samples with the given rows; the targets differ by the rows, not by the rank that sees them."""
-    targets = [random((Table.width,), dtype, 19, step, *rows) for rows in samples]
+def words(samples: list[list[int]], step: int) -> Words:
+    """Samples with the given rows; targets depend on the rows and the step, not on the rank that sees them."""
+    targets = [random((Table.width,), torch.float64, 19, step, *rows) for rows in samples]
     return Words(
         torch.tensor([row for rows in samples for row in rows], dtype=torch.int64),
         torch.tensor([number for number, rows in enumerate(samples) for _ in rows], dtype=torch.int64),

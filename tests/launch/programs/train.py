@@ -7,6 +7,7 @@ Each rank that comes to its end says so on stdout. Before the fault the rank wri
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -68,7 +69,7 @@ def main() -> None:
     fault = sys.argv[1] if len(sys.argv) > 1 and comm.rank == int(sys.argv[2]) else "none"
     fatal_point, action = FAULTS[fault]
 
-    def strike(point: str) -> None:
+    def strike(step: int, point: str) -> None:
         if step == STRANGE_STEP and point == fatal_point:
             announce()
             action()
@@ -83,14 +84,14 @@ def main() -> None:
         return
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = heatopt.DataParallelOptimizer(inner, model=model, timeout=timeout)
-    step = 0
-    model.decoder.register_full_backward_hook(lambda *_: strike("hook"))
+    backwards = itertools.count()
+    model.decoder.register_full_backward_hook(lambda *_: strike(next(backwards), "hook"))
     for step in range(STRANGE_STEP if fault == "fewer-steps" else STEPS):
         optimizer.zero_grad()
         loss = model(torch.randn(4, 6)).square().mean()
-        strike("before")
+        strike(step, "before")
         loss.backward()
-        strike("after")
+        strike(step, "after")
         optimizer.step()
     if fault == "fewer-steps":
         announce()

@@ -14,7 +14,6 @@ _DOCUMENTED = frozenset(re.findall(r"^::: (\S+)$", _API_PAGE.read_text(encoding=
 _ROLE = re.compile(r":(?:mod|class|func|meth|attr|exc|data):`(~?)([\w.]+)`")
 _MATH = re.compile(r"^(?P<indent> *)\.\. math:: *(?P<formula>.+)$", flags=re.MULTILINE)
 _LITERAL = re.compile(r"``([^`]+)``")
-_LITERAL_BLOCK = re.compile(r"^::$", flags=re.MULTILINE)
 
 
 def _link(role: re.Match[str]) -> str:
