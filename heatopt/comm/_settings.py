@@ -34,7 +34,9 @@ def default_timeout() -> float:
         seconds = float(text)
     except ValueError:
         raise ValueError(f"environment variable HEATOPT_TIMEOUT must be a number of seconds, got {text!r}") from None
-    return check_timeout(seconds, "environment variable HEATOPT_TIMEOUT")
+    if not seconds >= 0:
+        raise ValueError(f"environment variable HEATOPT_TIMEOUT must be >= 0 seconds (0: no time-out), got {text!r}")
+    return check_timeout(seconds)
 
 
 def ranks_per_node() -> int | None:

@@ -224,6 +224,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
         return averaged
 
+    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
         self._gradients.forget_backward()
@@ -252,6 +253,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         broadcast_tensors(self._comm, self._parameters(), root, "the broadcast of parameters after join()")
         broadcast_state(self._comm, self.torch_optimizer, root)
 
+    @outside_graphs
     def synchronize(self) -> None:
         """Make all gradients averages now: those set by hand, accumulated in no_sync(), or without a hook. Collective.
 
@@ -259,6 +261,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """
         self._gradients.settle(Call.SYNCHRONIZE)
 
+    @outside_graphs
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> torch.Tensor:

@@ -12,8 +12,9 @@ so all draw the same conclusion:
 * Ranks are in different calls, or have different plans: every rank raises :class:`RankMismatchError` at once.
 * A rank is in ``join()``: it has no more data, takes part with zeros, and does not count in the divisor.
 
-A reduction replaces each gradient by its mean over ranks. The mean of equal numbers is that number (to the last bit, for
-2 and 4 ranks exactly), hence a bucket may be reduced again whenever any rank has a new contribution. Headers and reductions share one channel and one total order.
+A reduction replaces each gradient by its mean over ranks. The mean of equal numbers is that number (exactly for 2 and 4
+ranks, else to the last bit), hence a bucket may be reduced again whenever any rank has a new contribution. Headers and
+reductions share one channel and one total order.
 """
 
 from __future__ import annotations
