@@ -224,7 +224,6 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
         return averaged
 
-    @outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
         self._gradients.forget_backward()

@@ -132,7 +132,7 @@ class GradientSync(Gradients):
     @outside_graphs
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
         self.attach()
-        self.forget_backward()
+        self._notice_interruption()
         options = options_hash(self._groups()) if call in _WITH_OPTIONS else 0
         rows = self._meet(call, options, payload)
         self._backwards = 0
@@ -150,7 +150,11 @@ class GradientSync(Gradients):
         self._channel()
         return self._coordinator.serve_joined(self, self._what(Call.JOIN))
 
+    @outside_graphs
     def forget_backward(self) -> None:
+        self._notice_interruption()
+
+    def _notice_interruption(self) -> None:
         if self._state not in (_State.DETACHED, _State.IDLE) and self._backward_alive() is None:
             self._recover()
 
@@ -207,7 +211,7 @@ class GradientSync(Gradients):
     def on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         """A parameter's gradient has been accumulated."""
         self.attach()
-        self.forget_backward()
+        self._notice_interruption()
         if self._state is _State.IDLE:
             self._begin_backward()
         number = self._plan.note_gradient(index, parameter)
