@@ -31,6 +31,10 @@ T = TypeVar("T")
 _NATIVE_SUM = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
+# The launcher collects what ranks print, and loses what is on its way when a job is aborted.
+_DELIVERY_SECONDS = 0.5
+
+
 class _MPIRequest(Request):
     def __init__(self, request: MPI.Request, *buffers: torch.Tensor) -> None:
         self._request = request
@@ -112,6 +116,8 @@ class MPICommunicator(Communicator):
     def abort(self, message: str, code: int = 1) -> NoReturn:
         sys.stderr.write(f"heatopt: {message}\n")
         sys.stderr.flush()
+        sys.stdout.flush()
+        time.sleep(_DELIVERY_SECONDS)
         MPI.COMM_WORLD.Abort(code)
         raise SystemExit(code)
 

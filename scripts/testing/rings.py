@@ -9,6 +9,7 @@ A ring is one way to have several ranks: `threads` (plain pytest: the tests of o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ ALL_RINGS = ("threads", "mpi-1", "mpi-2", "mpi-3", "mpi-4", "torch-2")
 LOGS = REPOSITORY / ".pytest-ranks"
 _KINDS: dict[str, Literal["none", "mpi", "torch"]] = {"threads": "none", "mpi": "mpi", "torch": "torch"}
 _COUNTS = ("tests", "failures", "errors", "skipped")
-_TERMINATE_SECONDS = 10.0
+_STOP_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,12 @@ def _run(command: Sequence[str], environment: dict[str, str], limit: float) -> i
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """A launcher that is asked to end takes its ranks with it; one that is killed may leave them behind."""
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(_TERMINATE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """An interrupted pytest still sums up; a launcher that is asked to end takes its ranks along, a killed one not."""
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+            return
 
 
 def print_summary(results: Sequence[Result]) -> None:
@@ -148,8 +148,10 @@ def main(arguments: Sequence[str]) -> int:
     own, options = arguments[:end], arguments[end + 1 :]
     parser = argparse.ArgumentParser(prog="rings", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("ring", nargs="*", type=Ring.parse, help=f"default: {' '.join(ALL_RINGS)}")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for one ring (default: %(default)g)")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one ring (default: %(default)g)")
     chosen = parser.parse_args(own)
+    for sign in (signal.SIGTERM, signal.SIGHUP):  # ends as by Ctrl-C: the ring at work is stopped first
+        signal.signal(sign, signal.default_int_handler)
     results = []
     for ring in chosen.ring or map(Ring.parse, ALL_RINGS):
         print(f"\n##### ring {ring.name}", flush=True)

@@ -36,13 +36,12 @@ orders = pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, math.inf], ids=str
 
 
 @orders
-@pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6], ids=str)
 @pytest.mark.parametrize("bucket_mb", [TINY, 8], ids=["many-buckets", "one-bucket"])
-def test_t10_equals_torchs(ranks: Ranks, bucket_mb: float, max_norm: float, norm_type: float) -> None:
+def test_t10_equals_torchs(ranks: Ranks, bucket_mb: float, norm_type: float) -> None:
     def body(comm: Communicator) -> None:
         model, expected = net(), net()
         optimizer, plain = wrap(comm, sgd, model, bucket_mb=bucket_mb), sgd(expected)
-        for step in range(2):
+        for step, max_norm in enumerate((1e-3, 0.5, 1e6)):
             optimizer.zero_grad()
             plain.zero_grad()
             loss_of(model, batch(step, comm.rank)).backward()

@@ -441,6 +441,22 @@ def test_blocking_calls_between_launch_and_wait(ranks: Ranks) -> None:
     ranks(body)
 
 
+def test_a_single_rank_may_wait_while_the_others_go_on(ranks: Ranks) -> None:
+    """``if rank == 0: print(work.wait())``, before a call of another group."""
+
+    def body(comm: Communicator) -> None:
+        twin = comm.duplicate()
+        for count in (3, 40_000):
+            own = torch.full((count,), comm.rank + 1.0)
+            work = comm.allreduce_async(own)
+            if comm.rank == 0:
+                work.wait()
+            twin.barrier()
+            assert (work.wait() == comm.size * (comm.size + 1) / 2).all()
+
+    ranks(body)
+
+
 def test_all_collectives_as_handles(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         last = comm.size - 1

@@ -69,12 +69,12 @@ def broken_backward(breaking: Breaking, model: nn.Module, data: Any) -> None:
 
 @blocking
 @unseen
-@pytest.mark.parametrize("who", ["all", "first", "last"])
+@pytest.mark.parametrize("who", ["all", "last"])
 def test_batch_is_skipped(ranks: Ranks, who: str, layer: int, bucket_mb: float, blocking: bool) -> None:
     """The rank clears its gradients and goes on to step(): it counts as one without a gradient."""
 
     def body(comm: Communicator) -> None:
-        broken = {"all": range(comm.size), "first": [0], "last": [comm.size - 1]}[who]
+        broken = range(comm.size) if who == "all" else [comm.size - 1]
         model, expected = net(), net()
         breaking = Breaking(model, layer)
         optimizer, plain = wrap(comm, adamw, model, bucket_mb=bucket_mb, blocking=blocking), adamw(expected)
@@ -100,12 +100,12 @@ def test_batch_is_skipped(ranks: Ranks, who: str, layer: int, bucket_mb: float, 
 
 @blocking
 @unseen
-@pytest.mark.parametrize("who", ["all", "first", "last"])
+@pytest.mark.parametrize("who", ["all", "last"])
 def test_batch_is_repeated(ranks: Ranks, who: str, layer: int, bucket_mb: float, blocking: bool) -> None:
     """The rank clears its gradients and calls backward again: as if nothing had happened."""
 
     def body(comm: Communicator) -> None:
-        broken = {"all": range(comm.size), "first": [0], "last": [comm.size - 1]}[who]
+        broken = range(comm.size) if who == "all" else [comm.size - 1]
         model, expected = net(), net()
         breaking = Breaking(model, layer)
         optimizer = wrap(comm, adamw, model, bucket_mb=bucket_mb, blocking=blocking)

@@ -78,27 +78,6 @@ def test_every_algorithm_is_wrapped_as_itself(ranks: Ranks, algorithm: Algorithm
     ranks(body)
 
 
-@every_algorithm
-def test_training_equals_one_process(ranks: Ranks, algorithm: Algorithm) -> None:
-    steps = 1 if algorithm.name == "Muon" else 3  # Muon rounds to bfloat16 inside: later steps differ by its rounding
-
-    def body(comm: Communicator) -> None:
-        model, expected = algorithm.model(), algorithm.model()
-        optimizer = heatopt.DataParallelOptimizer(algorithm.optimizer(model), model=model, comm=comm, bucket_mb=TINY)
-        plain = algorithm.optimizer(expected)
-        for step in range(steps):
-            loss = algorithm.update(optimizer, model, batch(step, comm.rank))
-            wanted = algorithm.update(plain, expected, whole(step, comm.size))
-            if algorithm.closure:
-                assert loss == pytest.approx(wanted, rel=1e-9)
-        tolerance = {"rtol": 2e-2, "atol": 1e-4} if algorithm.name == "Muon" else {}
-        assert_close(model, expected, **tolerance)
-        assert_close(optimizer, plain, **tolerance)
-        assert_ranks_equal(comm, model, optimizer)
-
-    ranks(body)
-
-
 def test_changes_reach_both_optimizers(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         model = net()
@@ -273,22 +252,24 @@ def test_gradients_are_averages_when_backward_returns(ranks: Ranks) -> None:
     ranks(body)
 
 
-@pytest.mark.parametrize("use_model", [True, False], ids=["model", "no-model"])
-@pytest.mark.parametrize("bucket_mb", [TINY, 8, 1000], ids=str)
-@pytest.mark.parametrize("blocking", [None, True, False])
-def test_settings_do_not_change_the_result(
-    ranks: Ranks, use_model: bool, bucket_mb: float, blocking: bool | None
-) -> None:
+def test_settings_do_not_change_the_result(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         results = []
-        for options in ({"bucket_mb": 1}, {"bucket_mb": bucket_mb, "blocking": blocking}):
+        for options in (
+            {"bucket_mb": 1},
+            {"bucket_mb": TINY},
+            {"bucket_mb": TINY, "blocking": False},
+            {"bucket_mb": 2 * TINY, "blocking": True, "model": None},
+            {"bucket_mb": 8, "blocking": False, "model": None},
+            {"bucket_mb": 1000, "timeout": 30},
+        ):
             model = net(torch.float32)
-            optimizer = wrap(comm, sgd, model, **options, **({} if use_model else {"model": None}))
+            optimizer = wrap(comm, sgd, model, **options)
             train(optimizer, model, [batch(step, comm.rank, dtype=torch.float32) for step in range(3)])
-            results.append(model)
             assert_ranks_equal(comm, model, optimizer)
+            results.append(model)
+            assert_equal(model, results[0])
             del optimizer
-        assert_equal(*results)
 
     ranks(body)
 
@@ -700,7 +681,7 @@ def test_t29_construction_leaves_the_random_state_alone(ranks: Ranks) -> None:
 
 @every_algorithm
 def test_t13_state_travels_between_plain_and_wrapped(ranks: Ranks, algorithm: Algorithm) -> None:
-    """wrapped -> file -> plain -> wrapped again, then the same steps, bit for bit."""
+    """wrapped -> file -> plain -> wrapped again, and then the same steps, bit for bit."""
 
     def single(step: int, rank: int) -> Batch:
         return batch(step, rank, dtype=torch.float32)
@@ -737,14 +718,14 @@ def test_t13_state_travels_between_plain_and_wrapped(ranks: Ranks, algorithm: Al
         assert_shares(again)
         assert_equal(taken, untouched)
         assert taken["param_groups"] == untouched["param_groups"]
-        for step in range(2, 7):
+        for step in range(2, 5):
             data = single(step, comm.rank)
             algorithm.update(optimizer, model, data)
             algorithm.update(again, again_model, data)
         assert_equal(again_model, model)
         assert_equal(again, optimizer)
         if comm.size == 1:
-            for step in range(2, 7):
+            for step in range(2, 5):
                 algorithm.update(plain, plain_model, single(step, 0))
             assert_equal(plain, optimizer)
 

@@ -37,7 +37,7 @@ class Launch:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Tell which launcher, if any, started this process: torchrun, mpiexec or srun, RANK with WORLD_SIZE, none."""
+    """Tell which launcher, if any, started this process: torchrun, mpiexec or srun, the variables of env://, none."""
     if "TORCHELASTIC_RUN_ID" in environ:
         return Launch("torch", int(environ["RANK"]), int(environ["WORLD_SIZE"]))
     for rank, size in _MPI_VARIABLES:
@@ -46,7 +46,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Launch:
     # A batch script has SLURM_PROCID too; only a step with several tasks was started by srun for parallel work.
     if int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environ:
         return Launch("mpi", int(environ["SLURM_PROCID"]), int(environ["SLURM_STEP_NUM_TASKS"]))
-    if "RANK" in environ and "WORLD_SIZE" in environ:
+    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return Launch("torch", int(environ["RANK"]), int(environ["WORLD_SIZE"]))
     return Launch("none")
 

@@ -58,7 +58,7 @@ class _Reader(threading.Thread):
     def run(self) -> None:
         with self._stream as stream:
             for line in stream:
-                if line.strip() == "fault":
+                if line.strip(" \0\n") == "fault":  # mpirun ends its own notices with these
                     self.fault_at = self.fault_at or time.monotonic()
                 else:
                     self.lines.append(line)

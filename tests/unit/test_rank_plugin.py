@@ -317,7 +317,8 @@ def test_equal_failures_are_printed_once() -> None:
         ({"PMIX_RANK": "3"}, ("mpi", 3, None)),
         ({"SLURM_PROCID": "0"}, ("none", 0, 1)),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, ("mpi", 1, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "3"}, ("torch", 1, 3)),
+        ({"RANK": "1", "WORLD_SIZE": "3"}, ("none", 0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, ("torch", 1, 3)),
         ({"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "3", "PMIX_RANK": "0"}, ("torch", 1, 3)),
     ],
 )

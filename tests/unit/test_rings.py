@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,7 +60,24 @@ def test_ring_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(rings, "launch_command", lambda kind, size: sleep)
     result = rings.run_ring(_RING, [], limit=0.5)
     assert result.problem == "stopped after 0.5 s"
-    assert result.seconds < 10
+    assert result.seconds < 60
+
+
+def test_stopped_pytest_still_sums_up(tmp_path: Path) -> None:
+    tests = tmp_path / "test_it.py"
+    tests.write_text("import time\ndef test_bad(): assert False\ndef test_slow(): print('slow'); time.sleep(99)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-sq", "-p", "no:cacheprovider", "-c", "/dev/null", tests],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert process.stdout is not None
+    with process, process.stdout:
+        while "slow" not in process.stdout.readline():
+            assert process.poll() is None
+        rings._stop(process)
+        assert "1 failed" in process.stdout.read()
 
 
 def test_total_line_comes_last(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,16 @@
 """Ranks disagree on purpose, in one way after the other; the error is caught on all ranks, and all go on.
 
-    mismatches.py [NAME]
+    mismatches.py FOLDER [NAME]
 
-With a name only that disagreement takes place, and its error ends the program. Each rank writes lines
-``rank R | NAME | type of the error: message`` on stdout.
+Each rank writes lines ``NAME: message`` into a file of the folder. With a name only that disagreement takes place, and
+its error ends the program.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -143,7 +144,8 @@ class Training:
 
 def main() -> None:
     comm = heatopt.world()
-    chosen = sys.argv[1] if len(sys.argv) > 1 else None
+    report = (Path(sys.argv[1]) / f"rank{comm.rank}.txt").open("w")
+    chosen = sys.argv[2] if len(sys.argv) > 2 else None
 
     def run(name: str, disagreement: Disagreement) -> None:
         if chosen not in (None, name):
@@ -153,7 +155,7 @@ def main() -> None:
         try:
             disagreement(comm, odd)
         except heatopt.RankMismatchError as error:
-            print(f"rank {comm.rank} | {name} | {type(error).__name__}: {error}", flush=True)
+            print(f"{name}: {error}", file=report, flush=True)
             if chosen:
                 print("fault", file=sys.stderr, flush=True)
                 raise
