@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
 
-__all__ = ["end_job_on_exception", "tell_on_exit"]
+__all__ = ["end_job_on_exception", "tell_on_exit", "write_last_words"]
 
 _installed = False
 
@@ -26,11 +27,21 @@ def end_job_on_exception(rank: int, end_job: Callable[[str], None]) -> None:
         previous(kind, error, trace)
         if os.getpid() != process:
             return  # a forked child is no rank
-        sys.stderr.flush()
-        sys.stdout.flush()
+        if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:
+            # torch.distributed's own hook collects what this one prints, for later; there is no later.
+            sys.__stderr__.write(sys.stderr.getvalue())
         end_job(f"rank {rank} failed with {kind.__name__}: {error}; ending the job on all ranks")
 
     sys.excepthook = excepthook
+
+
+def write_last_words(message: str) -> None:
+    """Print ``message`` to the process's own stderr, before the job is ended."""
+    stream = sys.__stderr__ or sys.stderr
+    for pending in (sys.stdout, sys.stderr):
+        pending.flush()
+    stream.write(f"heatopt: {message}\n")
+    stream.flush()
 
 
 def tell_on_exit(leave: Callable[[], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 import time
 from typing import Any, NoReturn, TypeVar
 
@@ -15,7 +14,7 @@ from mpi4py import MPI
 from heatopt._log import logger
 from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._cuda_aware import mpi_reads_cuda_memory
-from heatopt.comm._exit import end_job_on_exception, tell_on_exit
+from heatopt.comm._exit import end_job_on_exception, tell_on_exit, write_last_words
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._torch import TorchCommunicator, rendezvous_store
@@ -114,9 +113,7 @@ class MPICommunicator(Communicator):
         tell_on_exit(self._watchdog.leave)
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
-        sys.stderr.write(f"heatopt: {message}\n")
-        sys.stderr.flush()
-        sys.stdout.flush()
+        write_last_words(message)
         time.sleep(_DELIVERY_SECONDS)
         MPI.COMM_WORLD.Abort(code)
         raise SystemExit(code)

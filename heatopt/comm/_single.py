@@ -8,6 +8,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from heatopt.comm._communicator import Communicator, Words
+from heatopt.comm._exit import write_last_words
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._work import COMPLETED, Request
@@ -24,7 +25,7 @@ class SingleCommunicator(Communicator):
         super().__init__(0, Topology((0,)), default_timeout())
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
-        sys.stderr.write(f"heatopt: {message}\n")
+        write_last_words(message)
         sys.exit(code)
 
     def _has_native_sum(self, dtype: torch.dtype) -> bool:

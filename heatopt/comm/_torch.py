@@ -6,7 +6,6 @@ import itertools
 import os
 import pickle
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 import torch.distributed
 
 from heatopt.comm._communicator import Communicator, Words
-from heatopt.comm._exit import end_job_on_exception, tell_on_exit
+from heatopt.comm._exit import end_job_on_exception, tell_on_exit, write_last_words
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Bulletin, Phase, Snapshot, Watchdog
@@ -161,8 +160,7 @@ class TorchCommunicator(Communicator):
         )
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
-        sys.stderr.write(f"heatopt: {message}\n")
-        sys.stderr.flush()
+        write_last_words(message)
         os._exit(code)  # the launcher (torchrun) ends the other processes
 
     def _end_job(self, message: str) -> None:
