@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -68,7 +69,7 @@ class Communicator(Transport):
         self._children = 0
         self._operations = 0  # started on this communicator, the same number on all its ranks
         self._watchdog = watchdog
-        self._queue = WorkQueue(self._enter, self._waiting)
+        self._queue = WorkQueue()
 
     # Topology
 
@@ -106,11 +107,15 @@ class Communicator(Transport):
             ValueError: unknown ``op``.
             RankMismatchError: ranks differ in op, shape or dtype.
         """
-        return self._queue.run(self._allreduce(tensor, op, blocking=True), "allreduce")
+        return self._run(self._allreduce(tensor, op, blocking=True), "allreduce")
 
     def allreduce_async(self, tensor: torch.Tensor, op: str = "sum") -> Work[torch.Tensor]:
-        """Launch :meth:`allreduce`; ``tensor`` must not be touched before the handle's ``wait()`` returns it."""
-        return self._queue.launch(self._allreduce(tensor, op, blocking=False), "allreduce")
+        """Launch :meth:`allreduce`; ``tensor`` must not be touched before the handle's ``wait()`` returns it.
+
+        It goes on beside computation. This process's next collective call, on any communicator of the world, completes
+        it first, so that a rank may wait for it alone.
+        """
+        return self._launch(self._allreduce(tensor, op, blocking=False), "allreduce")
 
     def reduce_scatter(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce ``tensor`` over all ranks and return this rank's slice of the first dimension.
@@ -122,27 +127,27 @@ class Communicator(Transport):
         Returns:
             A new tensor of shape ``(tensor.shape[0] // size, *tensor.shape[1:])``.
         """
-        return self._queue.run(self._reduce_scatter(tensor, op, blocking=True), "reduce_scatter")
+        return self._run(self._reduce_scatter(tensor, op, blocking=True), "reduce_scatter")
 
     def reduce_scatter_async(self, tensor: torch.Tensor, op: str = "sum") -> Work[torch.Tensor]:
         """Launch :meth:`reduce_scatter`."""
-        return self._queue.launch(self._reduce_scatter(tensor, op, blocking=False), "reduce_scatter")
+        return self._launch(self._reduce_scatter(tensor, op, blocking=False), "reduce_scatter")
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the tensors of all ranks, in rank order, as new tensors."""
-        return self._queue.run(self._gather_all(tensor, blocking=True), "all_gather")
+        return self._run(self._gather_all(tensor, blocking=True), "all_gather")
 
     def all_gather_async(self, tensor: torch.Tensor) -> Work[list[torch.Tensor]]:
         """Launch :meth:`all_gather`."""
-        return self._queue.launch(self._gather_all(tensor, blocking=False), "all_gather")
+        return self._launch(self._gather_all(tensor, blocking=False), "all_gather")
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Overwrite ``tensor`` with that of rank ``root``, in place, and return it."""
-        return self._queue.run(self._broadcast_any(tensor, root, blocking=True), "broadcast")
+        return self._run(self._broadcast_any(tensor, root, blocking=True), "broadcast")
 
     def broadcast_async(self, tensor: torch.Tensor, root: int = 0) -> Work[torch.Tensor]:
         """Launch :meth:`broadcast`."""
-        return self._queue.launch(self._broadcast_any(tensor, root, blocking=False), "broadcast")
+        return self._launch(self._broadcast_any(tensor, root, blocking=False), "broadcast")
 
     def barrier(self) -> None:
         """Return once every rank has called it."""
@@ -199,13 +204,15 @@ class Communicator(Transport):
         color = next(index for index, group in enumerate(groups) if self.rank in group)
         group = groups[color]
         with self._waiting(what, self._enter()):
-            return self._open_group(
+            child = self._open_group(
                 color,
                 group.index(self.rank),
                 name=f"{self._name}.{self._children}.{color}",
                 topology=self._topology.of_group(group),
                 members=tuple(self._members[rank] for rank in group),
             )
+        child._queue = self._queue  # see [Note: Order of stages]
+        return child
 
     def close(self) -> None:
         """Complete what is in flight and free the group's resources. Collective; the default does the former."""
@@ -233,20 +240,21 @@ class Communicator(Transport):
         """Sum the contiguous ``flat`` over ranks and divide by ``divisor``, in place; ``None`` once completed."""
         steps = collectives.reduce_flat(self, flat, "sum", divisor, blocking)
         if blocking:
-            self._queue.run(steps, what)
+            self._run(steps, what)
             return None
-        return self._queue.launch(steps, what)
+        return self._launch(steps, what)
 
     def gather_rows(self, flat: torch.Tensor, what: str) -> torch.Tensor:
         """Return the contiguous ``flat``, of equal length everywhere, of every rank as ranks x elements."""
-        return self._queue.run(collectives.all_gather(self, flat, True), what)
+        return self._run(collectives.all_gather(self, flat, True), what)
 
     def broadcast_bytes(self, flat: torch.Tensor, root: int, what: str) -> None:
         """Overwrite the contiguous ``flat`` with that of ``root``."""
-        self._queue.run(collectives.broadcast(self, flat, root, True), what)
+        self._run(collectives.broadcast(self, flat, root, True), what)
 
     def exchange_words(self, words: Words, what: str) -> Words:
         """Return the 64-bit integers of every rank, as an array of ranks x words. The fastest agreement there is."""
+        self._queue.drain()
         with self._waiting(what, self._enter()):
             return self._exchange_words(words)
 
@@ -261,6 +269,14 @@ class Communicator(Transport):
             return self._exchange_objects(obj)
 
     # Waits
+
+    def _run(self, steps: Steps[T], what: str) -> T:
+        """Run a collective to its end, after the works before it."""
+        self._queue.drain()
+        return self._queue.run(steps, partial(self._waiting, what, self._enter()))
+
+    def _launch(self, steps: Steps[T], what: str) -> Work[T]:
+        return self._queue.launch(steps, partial(self._waiting, what, self._enter()))
 
     def _enter(self) -> int:
         """An operation of this communicator starts; return its number, which is the same on all ranks."""

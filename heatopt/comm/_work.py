@@ -8,7 +8,8 @@ when the request has completed. Blocking use runs the generator to its end; asyn
 [Note: Order of stages]
 All ranks must start the operations of one lane in the same order. First stages run on lane 0, at launch, in program
 order. Later stages run on lane 1 and are started strictly in the order of the launches: a work never passes an earlier
-one, whoever polls it and however often, and a blocking collective first completes the works before it.
+one, whoever polls it and however often, and a blocking call first completes the works before it. All communicators of a
+world share one queue, so a rank that waits for a work alone finds the other ranks' later stages, wherever they block.
 """
 
 from __future__ import annotations
@@ -49,17 +50,15 @@ class Completed(Request):
 COMPLETED = Completed()
 
 Steps = Generator[Request, None, T]
-Enter = Callable[[], int]
-Waiting = Callable[[str, int], AbstractContextManager[None]]
+Waiting = Callable[[], AbstractContextManager[None]]
 
 
 class Work(Generic[T]):
     """Handle of a launched collective; owns every buffer of it until :meth:`wait` returns."""
 
-    def __init__(self, steps: Steps[T], what: str, number: int, queue: WorkQueue) -> None:
+    def __init__(self, steps: Steps[T], waiting: Waiting, queue: WorkQueue) -> None:
         self._steps: Steps[T] | None = steps
-        self._what = what
-        self._number = number
+        self._waiting = waiting
         self._queue = queue
         self._request: Request = COMPLETED
         self._result: T | None = None
@@ -93,36 +92,32 @@ class Work(Generic[T]):
 
 
 class WorkQueue:
-    """The works of one communicator that have not completed, in launch order.
+    """The works of a world's communicators that have not completed, in launch order."""
 
-    Args:
-        enter: called when an operation is started; returns its number.
-        waiting: surrounds each wait in an operation, given its description and number.
-    """
-
-    def __init__(self, enter: Enter, waiting: Waiting) -> None:
-        self._enter = enter
-        self._waiting = waiting
+    def __init__(self) -> None:
         self._works: deque[Work[Any]] = deque()
 
-    def launch(self, steps: Steps[T], what: str) -> Work[T]:
-        """Start the first stage and return the handle."""
-        work = Work(steps, what, self._enter(), self)
+    def launch(self, steps: Steps[T], waiting: Waiting) -> Work[T]:
+        """Start the first stage and return the handle.
+
+        Args:
+            steps: the collective.
+            waiting: the context of each wait for it.
+        """
+        work = Work(steps, waiting, self)
         work._advance()
         if work._steps is not None:
             self._works.append(work)
         return work
 
-    def run(self, steps: Steps[T], what: str) -> T:
-        """Run a collective to its end, after the works before it."""
-        self.drain()
-        number = self._enter()
+    def run(self, steps: Steps[T], waiting: Waiting) -> T:
+        """Run a collective to its end."""
         while True:
             try:
                 request = next(steps)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
-            with self._waiting(what, number):
+            with waiting():
                 request.wait()
 
     def poll(self) -> None:
@@ -138,7 +133,7 @@ class WorkQueue:
         """Advance each work up to and including ``last`` by one stage, in launch order, blocking."""
         for work in list(self._works):
             if work._steps is not None:
-                with self._waiting(work._what, work._number):
+                with work._waiting():
                     work._request.wait()
                 work._advance()
             if work is last:
