@@ -74,12 +74,18 @@ def test_end_of_the_program_before_the_optimizer_is_made() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "size", "kind"),
-    [("os-exit-7", 2, "mpi"), ("kill", 3, "mpi"), ("kill", 2, "torch"), ("os-exit-0", 2, "torch")],
+    ("fault", "size", "kind", "named"),
+    [
+        # The launcher notices, and names the rank.
+        ("os-exit-7", 2, "mpi", r"rank 1\b|,1\]"),
+        ("kill", 3, "mpi", r"rank 1\b|,1\]"),
+        ("kill", 2, "torch", r"rank\s*: 1"),
+        # To torchrun that is a good end.
+        ("os-exit-0", 2, "torch", r"rank 0 lost contact in step\(\) of SGD"),
+    ],
+    ids=["exit", "kill", "kill-torchrun", "exit-torchrun"],
 )
-def test_sudden_death(fault: str, size: int, kind: Kind) -> None:
-    # Nobody is left to tell why, but the launcher, which names the rank.
-    named = {"mpi": r"rank 1\b|,1\]", "torch": r"rank\s*: 1|rank 1"}[kind]
+def test_sudden_death(fault: str, size: int, kind: Kind, named: str) -> None:
     assert_ended(launch("train.py", fault, 1, size=size, kind=kind), named)
 
 

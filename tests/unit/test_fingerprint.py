@@ -22,6 +22,7 @@ from heatopt.sync._fingerprint import (
     options_hash,
     printable_options,
 )
+from tests.support.launch import REPOSITORY
 
 NUMBERS = st.one_of(st.floats(allow_nan=False), st.integers(-(2**40), 2**40))
 VALUES = st.one_of(NUMBERS, st.lists(NUMBERS, min_size=1, max_size=3).map(tuple))
@@ -80,9 +81,8 @@ def test_hashes_are_equal_in_every_process() -> None:
         f"print(hash('x'), options_hash([{options!r}]), {ORDINARY!r}.digest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
-    output = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, check=True, text=True
-    )
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, check=True, text=True)
     of_text, *found = map(int, output.stdout.split())
     assert of_text != hash("x")
     assert found == [options_hash([options]), ORDINARY.digest()]
