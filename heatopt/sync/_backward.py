@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from heatopt.sync._graphs import never_compiled
+
 __all__ = ["when_backward_ends"]
 
 
@@ -19,6 +21,7 @@ class _Callback:
         self._argument = argument
         self._token = token
 
+    @never_compiled
     def __call__(self) -> None:
         node: Any = torch._C._current_autograd_node()
         if node is None:
@@ -33,6 +36,7 @@ class _Callback:
         """
         handles: list[Any] = []
 
+        @never_compiled
         def requeue(_: Any) -> None:
             while handles:
                 handles.pop().remove()

@@ -15,7 +15,7 @@ from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, Call, Coordinator, Row, bucket_bit, coordinator_of
 from heatopt.sync._fingerprint import Fingerprint, NumericOptions, numeric_options, options_hash
-from heatopt.sync._graphs import outside_graphs
+from heatopt.sync._graphs import never_compiled, outside_graphs
 from heatopt.sync._local import Gradients, LocalGradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
@@ -349,6 +349,7 @@ def _end_of_backward(reference: weakref.ref[GradientSync]) -> None:
 def _hook(
     parameter: torch.Tensor, index: int, reference: weakref.ref[GradientSync]
 ) -> torch.utils.hooks.RemovableHandle:
+    @never_compiled
     def on_gradient(tensor: torch.Tensor) -> None:
         sync = reference()
         if sync is not None:

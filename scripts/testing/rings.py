@@ -148,14 +148,16 @@ def main(arguments: Sequence[str]) -> int:
     own, options = arguments[:end], arguments[end + 1 :]
     parser = argparse.ArgumentParser(prog="rings", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("ring", nargs="*", type=Ring.parse, help=f"default: {' '.join(ALL_RINGS)}")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds for one ring (default: %(default)g)")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds for one ring (default: %(default)g)")
+    parser.add_argument("--total", type=float, default=4500.0, help="seconds for all rings (default: %(default)g)")
     chosen = parser.parse_args(own)
     for sign in (signal.SIGTERM, signal.SIGHUP):  # ends as by Ctrl-C: the ring at work is stopped first
         signal.signal(sign, signal.default_int_handler)
-    results = []
+    results: list[Result] = []
     for ring in chosen.ring or map(Ring.parse, ALL_RINGS):
         print(f"\n##### ring {ring.name}", flush=True)
-        results.append(run_ring(ring, options, chosen.limit))
+        left = chosen.total - sum(result.seconds for result in results)
+        results.append(run_ring(ring, options, min(chosen.limit, max(left, 0.0))))
     print_summary(results)
     return 1 if any(result.failures for result in results) else 0
 
