@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from heatopt.buckets._bucket import Bucket
-from heatopt.buckets._layout import BucketPlan, ParameterSpec, Slot, plan_buckets
+from heatopt.buckets._layout import BucketPlan, ParameterSpec, Slot, gradient_dtype, plan_buckets
 
-__all__ = ["Bucket", "BucketPlan", "ParameterSpec", "Slot", "plan_buckets"]
+__all__ = ["Bucket", "BucketPlan", "ParameterSpec", "Slot", "gradient_dtype", "plan_buckets"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from heatopt.buckets._layout import BucketPlan
+from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
 __all__ = ["Bucket"]
 
@@ -54,7 +54,11 @@ class Bucket:
         sources: list[torch.Tensor] = []
         for position, parameter in enumerate(self.parameters):
             gradient = parameter.grad
-            if gradient is None or gradient.layout is not torch.strided or parameter.dtype is not self.plan.dtype:
+            if (
+                gradient is None
+                or gradient.layout is not torch.strided
+                or gradient_dtype(parameter) is not self.plan.dtype
+            ):
                 self._present[position] = False
                 self._view(position).zero_()
                 continue
@@ -95,7 +99,7 @@ class Bucket:
                 if flags is None:
                     flags = (self._flags != 0).tolist()
                 present = flags[position]
-            fits = parameter.dtype is self.plan.dtype  # else the model was converted: a new plan follows
+            fits = gradient_dtype(parameter) is self.plan.dtype  # else the model was converted: a new plan follows
             final = self._view(position) if present and fits else None
             self._final[position] = final
             late = parameter.grad

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BucketPlan", "ParameterSpec", "Slot", "plan_buckets"]
+__all__ = ["BucketPlan", "ParameterSpec", "Slot", "gradient_dtype", "plan_buckets"]
 
 # Slots start at multiples of this many bytes, so that vector loads of a gradient are aligned.
 _ALIGNMENT = 64
+
+
+def gradient_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """Dtype of a parameter's gradient: its own, unless ``parameter.grad_dtype`` (torch >= 2.10) says otherwise."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class ParameterSpec:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    """Of the gradient."""
     device: torch.device
 
     @property

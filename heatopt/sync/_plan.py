@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from heatopt.buckets import Bucket, ParameterSpec, plan_buckets
+from heatopt.buckets import Bucket, ParameterSpec, gradient_dtype, plan_buckets
 from heatopt.comm import Communicator
-from heatopt.errors import RankMismatchError
+from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, bucket_bit
 from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, first_difference, printable_options
 from heatopt.sync._settings import SyncSettings
@@ -58,6 +58,15 @@ class GradientPlan:
                 self.parameters.append(parameter)
                 self.names.append(self._names.get(id(parameter), fallback))
 
+    def require_known(self) -> None:
+        """Raise unless the groups hold the parameters that they held when the plan was made."""
+        count = sum(len(group["params"]) for group in self._groups())
+        if count != len(self.parameters):
+            raise HeatoptError(
+                f"the parameter groups have {count} parameters, but {len(self.parameters)} are synchronised: parameters "
+                "were added to (or removed from) the wrapped optimizer; use add_param_group of the DataParallelOptimizer"
+            )
+
     def trainable(self) -> list[int]:
         """Indices of the parameters that require a gradient now."""
         return [index for index, parameter in enumerate(self.parameters) if parameter.requires_grad]
@@ -92,7 +101,7 @@ class GradientPlan:
         planned = set(self.slot_of).union(*(wish[0] for wish in wishes))
         scattered = set(self.sparse).union(*(wish[1] for wish in wishes))
         specs = [
-            ParameterSpec(index, name, tuple(parameter.shape), parameter.dtype, parameter.device)
+            ParameterSpec(index, name, tuple(parameter.shape), gradient_dtype(parameter), parameter.device)
             for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True))
             if index in planned and index not in scattered
         ]
@@ -126,7 +135,9 @@ class GradientPlan:
     def misplaced(self, index: int, parameter: torch.Tensor) -> bool:
         """True if the gradient does not fit the slot (any more): the model was converted, or the gradient is sparse."""
         plan = self.buckets[self.slot_of[index]].plan
-        return parameter.dtype is not plan.dtype or parameter.device != plan.device or _is_sparse(parameter.grad)
+        return (
+            gradient_dtype(parameter) is not plan.dtype or parameter.device != plan.device or _is_sparse(parameter.grad)
+        )
 
     def note_gradient(self, index: int, parameter: torch.Tensor) -> int | None:
         """A parameter has got a gradient; return its bucket's number, or None after noting it elsewhere."""
