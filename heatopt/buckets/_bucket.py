@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,7 +30,10 @@ class Bucket:
         self._addresses = [view.data_ptr() for view in self._views]
         self._flags = memory[plan.flags_offset : plan.flags_offset + len(plan.slots)]
         self._present: list[bool] = [False] * len(plan.slots)
-        self._final: list[torch.Tensor | None] = [None] * len(plan.slots)
+        self._shown: list[bool] = [False] * len(plan.slots)  # the last reduction left a gradient
+        self._versions: list[int] | None = None  # of the views, when an update had consumed them
+        self._references = [self._count_references(position) for position in range(len(plan.slots))]
+        self._storage_users = self._count_storage_users()
         self.changed = False
         """True if a gradient here has got a contribution that no reduction has seen."""
 
@@ -44,6 +49,32 @@ class Bucket:
         # A tensor on the same storage, and not a view to autograd, which would forbid detach_() of a gradient.
         offset = self.memory.storage_offset() + slot.offset
         return self.memory.new_empty(0).set_(self.memory.untyped_storage(), offset, parameter.shape, strides)
+
+    def _count_references(self, position: int) -> int:
+        return sys.getrefcount(self._views[position])
+
+    def _count_storage_users(self) -> int:
+        return int(torch._C._storage_Use_Count(self.memory.untyped_storage()._cdata))
+
+    def is_aliased(self) -> bool:
+        """True if somebody keeps a gradient of an earlier step, which the next contents would overwrite."""
+        if self._count_storage_users() != self._storage_users:
+            return True
+        for position, parameter in enumerate(self.parameters):
+            shown = parameter.grad is self._views[position]
+            # 1 for Python's references together, 1 for the parameter; more if a graph has saved the gradient.
+            view: Any = self._views[position]
+            used = view._use_count() > 1 + shown
+            del view  # a reference as well
+            if used:
+                return True
+            if not shown and self._count_references(position) > self._references[position]:
+                return True
+        return False
+
+    def consume(self) -> None:
+        """An update has used the gradients: what is written into them from now on is new."""
+        self._versions = [view._version for view in self._views]
 
     def pack(self) -> None:
         """Move all gradients into the memory, zeros where there is none, and set the flags.
@@ -93,6 +124,7 @@ class Bucket:
         What backward delivered since :meth:`pack` is added, as a further local contribution.
         """
         flags: list[bool] | None = None
+        self._versions = None
         for position, parameter in enumerate(self.parameters):
             present = self._present[position]
             if not present:
@@ -101,7 +133,7 @@ class Bucket:
                 present = flags[position]
             fits = gradient_dtype(parameter) is self.plan.dtype  # else the model was converted: a new plan follows
             final = self._view(position) if present and fits else None
-            self._final[position] = final
+            self._shown[position] = final is not None
             late = parameter.grad
             if late is not None and final is not None:
                 final.add_(late.detach())
@@ -112,10 +144,15 @@ class Bucket:
         """True if a gradient is there that is not the result of the last reduction: set by hand, or accumulated."""
         if self.changed:
             return True
-        return any(
-            parameter.grad is not None and parameter.grad is not final
-            for parameter, final in zip(self.parameters, self._final, strict=True)
-        )
+        for position, parameter in enumerate(self.parameters):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient is not self._views[position] or not self._shown[position]:
+                return True
+            if self._versions is not None and gradient._version != self._versions[position]:
+                return True
+        return False
 
 
 def _covers_its_memory(tensor: torch.Tensor) -> bool:

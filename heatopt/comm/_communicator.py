@@ -176,6 +176,8 @@ class Communicator(Transport):
         """
         if color is not None and (isinstance(color, bool) or not isinstance(color, int)):
             raise TypeError(f"color must be an int or None, got {color!r}")
+        if isinstance(key, bool) or not isinstance(key, int):
+            raise TypeError(f"key must be an int, got {key!r}")
         self._agree("split", "split()")
         wishes = self.exchange_objects((color, key))
         groups: dict[object, list[int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import threading
@@ -87,6 +88,9 @@ def _open_world() -> Communicator:
 
         return TorchCommunicator()
     launch = detect_launch(os.environ)
+    if launch.kind == "mpi" or "TORCHELASTIC_RUN_ID" in os.environ:
+        # A worker that a rank has spawned (a DataLoader's, say) inherits the variables, but is no rank.
+        launch = Launch("single") if multiprocessing.parent_process() is not None else launch
     if launch.kind == "mpi":
         return _open_mpi(launch)
     if launch.kind == "torchrun" and launch.size > 1:

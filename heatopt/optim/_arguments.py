@@ -40,6 +40,11 @@ def check_arguments(
         raise TypeError(f"blocking must be True, False or None, got {blocking!r}")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    for group in optimizer.param_groups:
+        for position, parameter in enumerate(group["params"]):
+            if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+                name = parameter_names(model).get(id(parameter), position)
+                raise ValueError(f"parameter {name!r} is not initialised (a lazy module's); run one forward pass first")
     if comm is not None and not isinstance(comm, Communicator):
         raise TypeError(f"comm must be a heatopt.comm.Communicator or None, got {type(comm).__name__}")
     if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,7 +17,16 @@ from heatopt.errors import RankMismatchError
 from heatopt.optim._arguments import check_arguments, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
-from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, make_gradients, outside_graphs
+from heatopt.sync import (
+    Call,
+    Gradients,
+    GradientSync,
+    LocalGradients,
+    SyncSettings,
+    broadcast_state,
+    broadcast_tensors,
+    outside_graphs,
+)
 
 __all__ = ["DataParallelOptimizer"]
 
@@ -105,7 +114,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             for group in torch_optimizer.param_groups:
                 route_around_fused_sgd(group)
         # The callback must not hold this wrapper, which is to die with its last user.
-        self._gradients = make_gradients(comm, lambda: torch_optimizer.param_groups, names, settings)
+        self._gradients: Gradients = LocalGradients()
+        if comm.size > 1:
+            self._gradients = GradientSync(comm, lambda: torch_optimizer.param_groups, names, settings)
         super().__setstate__({})  # hooks' dictionaries and torch's profiling
         own = weakref.ref(self)
         for parameter in self._parameters():
@@ -191,7 +202,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         if closure is None:
             self._gradients.settle(Call.STEP)
             if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
-                return self.torch_optimizer.step()
+                result = self.torch_optimizer.step()
+                self._gradients.consume()
+                return result
         arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         keywords: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
@@ -200,6 +213,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
                 arguments, keywords = changed
         inner_step: Callable[..., Any] = self.torch_optimizer.step
         result = inner_step(*map(self._averaging, arguments[1:]), **keywords)
+        self._gradients.consume()
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, arguments, keywords)
         return result
@@ -277,6 +291,10 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self._gradients.settle(Call.CLIP)
         return clip_gradients(self._parameters(), float(max_norm), float(norm_type), error_if_nonfinite)
 
+    def states_are_equal(self) -> None:
+        """The ranks' states have just been made equal, whatever each of them had loaded."""
+        self._gradients.loads = 0
+
     def unscale_agreed(self, found_inf: float) -> float:
         """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""
         return max([found_inf, *(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))])
@@ -291,10 +309,12 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """
         count = len(self._parameters())
         members = param_group.get("params") if isinstance(param_group, dict) else None
-        if isinstance(members, torch.Tensor):
-            members = [members]
-        if isinstance(members, (list, tuple)):
-            self._refuse_owned([m[1] if isinstance(m, tuple) else m for m in members], self._names)
+        if isinstance(members, Iterable) and not isinstance(members, (torch.Tensor, set)):
+            members = list(members)  # a generator can be read once
+            param_group = {**param_group, "params": members}
+        if members is not None:
+            listed = [members] if isinstance(members, torch.Tensor) else list(members)
+            self._refuse_owned([m[1] if isinstance(m, tuple) else m for m in listed], self._names)
         self.torch_optimizer.add_param_group(param_group)
         if isinstance(self.torch_optimizer, torch.optim.SGD):
             route_around_fused_sgd(self.param_groups[-1])
@@ -324,6 +344,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self.torch_optimizer.load_state_dict(state_dict)
+        self._gradients.loads += 1
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -351,6 +372,12 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
         self._assemble(optimizer, comm, names, state["settings"])
+
+    def __getattr__(self, name: str) -> Any:
+        # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.
+        inner = self.__dict__.get("torch_optimizer")
+        hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(ranks={self._comm.size}, {self.torch_optimizer!r})"

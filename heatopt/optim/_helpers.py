@@ -22,8 +22,11 @@ def broadcast_parameters(
         ValueError: ``root`` is no rank.
         RankMismatchError: the ranks' tensors differ in number, shape or dtype.
     """
+    _require(model, (torch.nn.Module, Iterable), "model", "a torch.nn.Module or an iterable of tensors")
     comm = world() if comm is None else comm
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else list(model)
+    for tensor in tensors:
+        _require(tensor, torch.Tensor, "model", "a torch.nn.Module or an iterable of tensors")
     comm.check_root(root)
     comm.agree_on([root, *((tuple(t.shape), str(t.dtype)) for t in tensors)], "broadcast_parameters()")
     broadcast_tensors(comm, tensors, root, "broadcast_parameters()")
@@ -40,12 +43,15 @@ def broadcast_optimizer_state(
         ValueError: ``root`` is no rank.
         RankMismatchError: the ranks' optimizers have different parameters.
     """
+    _require(optimizer, torch.optim.Optimizer, "optimizer", "a torch.optim.Optimizer")
     comm = world() if comm is None else comm
     comm.check_root(root)
     inner = optimizer.torch_optimizer if isinstance(optimizer, DataParallelOptimizer) else optimizer
     shapes = [[tuple(p.shape) for p in group["params"]] for group in inner.param_groups]
     comm.agree_on([root, type(inner).__name__, *shapes], "broadcast_optimizer_state()")
     broadcast_state(comm, inner, root)
+    if isinstance(optimizer, DataParallelOptimizer):
+        optimizer.states_are_equal()
 
 
 def sync_buffers(model: torch.nn.Module, mode: str = "mean", comm: Communicator | None = None) -> None:
@@ -61,6 +67,7 @@ def sync_buffers(model: torch.nn.Module, mode: str = "mean", comm: Communicator 
         ValueError: unknown mode.
         RankMismatchError: the ranks' buffers differ in number, shape or dtype.
     """
+    _require(model, torch.nn.Module, "model", "a torch.nn.Module")
     if mode not in ("mean", "broadcast"):
         raise ValueError(f"mode must be 'mean' or 'broadcast', got {mode!r}")
     comm = world() if comm is None else comm
@@ -70,3 +77,8 @@ def sync_buffers(model: torch.nn.Module, mode: str = "mean", comm: Communicator 
         average_tensors(comm, buffers)
     else:
         broadcast_tensors(comm, buffers, 0, "sync_buffers()")
+
+
+def _require(value: object, kind: type | tuple[type, ...], name: str, allowed: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")

@@ -33,7 +33,18 @@ from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._fingerprint import Fingerprint, NumericOptions, first_difference
 
-__all__ = ["ALL", "REPLAN", "SPARSE", "Call", "Coordinator", "Member", "Row", "bucket_bit", "coordinator_of"]
+__all__ = [
+    "ALL",
+    "REPLAN",
+    "SPARSE",
+    "Call",
+    "Coordinator",
+    "Member",
+    "OwnedOptions",
+    "Row",
+    "bucket_bit",
+    "coordinator_of",
+]
 
 
 class Call(IntEnum):
@@ -94,6 +105,13 @@ class Row(NamedTuple):
     """A number that travels along: the loss in CLOSURE, the overflow flag in UNSCALE."""
 
 
+class OwnedOptions(NamedTuple):
+    """Numbers that must agree before an update, and whose they are."""
+
+    owner: str
+    options: NumericOptions
+
+
 class Member(Protocol):
     """One optimizer's gradients, as the coordinator sees them."""
 
@@ -112,7 +130,7 @@ class Member(Protocol):
 
     def fingerprint(self) -> Fingerprint: ...
 
-    def options(self) -> list[NumericOptions]: ...
+    def options(self) -> list[OwnedOptions]: ...
 
 
 class Coordinator:
@@ -221,10 +239,11 @@ class Coordinator:
         mask = 0
         for r in active:
             mask |= r.mask
+        if mask & ALL == 0:
+            return  # new memory alone can wait for a reduction that needs it
         if mask & REPLAN:
             member.replan()
-        if mask:
-            member.run_round(mask, len(active))
+        member.run_round(mask, len(active))
 
     def _exchange(self, row: Row, what: str) -> list[Row]:
         payload = struct.unpack("<q", struct.pack("<d", row.payload))[0]
@@ -299,19 +318,20 @@ class Coordinator:
         raise RankMismatchError(f"ranks have different optimizers: {first_difference(known)} ({where})")
 
     def _require_same_options(self, rows: list[Row], member: Member) -> None:
-        hashes = {r.options for r in rows if r.call != Call.JOIN}
-        if len(hashes) <= 1:
+        active = [rank for rank, r in enumerate(rows) if r.call != Call.JOIN]
+        if len({rows[rank].options for rank in active}) <= 1:
             return
         tables = self.channel.exchange_objects(member.options())
-        for rank, table in enumerate(tables):
-            if rows[rank].call == Call.JOIN:
-                continue
-            for group, (mine, found) in enumerate(zip(tables[0], table, strict=True)):
-                for (key, value), (_, other) in zip(mine, found, strict=True):
-                    if value != other:
+        first = active[0]
+        for rank in active:
+            for mine, found in zip(tables[first], tables[rank], strict=False):
+                ours, theirs = dict(mine.options), dict(found.options)
+                for key in sorted({*ours, *theirs}):
+                    if ours.get(key) != theirs.get(key):
                         raise RankMismatchError(
-                            f"option {key!r} of parameter group {group}: rank 0 has {value}, rank {rank} has {other}; "
-                            "a schedule must see the same metric on all ranks (average it with world().allreduce)"
+                            f"{key!r} of {mine.owner}: rank {first} has {ours.get(key, 'none')}, rank {rank} has "
+                            f"{theirs.get(key, 'none')}; schedule, load and change it alike on all ranks (average a "
+                            "metric that decides with world().allreduce first)"
                         )
         raise RankMismatchError("the ranks' parameter groups have different options")
 

@@ -13,15 +13,25 @@ import torch
 from heatopt.comm import Communicator, Work
 from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
-from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, Call, Coordinator, Row, bucket_bit, coordinator_of
-from heatopt.sync._fingerprint import Fingerprint, NumericOptions, numeric_options, options_hash
+from heatopt.sync._coordinator import (
+    ALL,
+    REPLAN,
+    SPARSE,
+    Call,
+    Coordinator,
+    OwnedOptions,
+    Row,
+    bucket_bit,
+    coordinator_of,
+)
+from heatopt.sync._fingerprint import Fingerprint, numeric_options, options_hash
 from heatopt.sync._graphs import never_compiled, outside_graphs
-from heatopt.sync._local import Gradients, LocalGradients
+from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._sparse import average_sparse
 
-__all__ = ["GradientSync", "make_gradients"]
+__all__ = ["GradientSync"]
 
 
 class _State(Enum):
@@ -31,6 +41,7 @@ class _State(Enum):
     IDLE = "idle"  # no backward is running
     LOCAL_BACKWARD = "local backward"  # the first hook under no_sync() or accumulation leads here
     SYNC_BACKWARD = "synchronised backward"  # the first other hook leads here; nothing has been launched
+    BROKEN = "broken"  # an exception took this rank out of a round that the others are in; nothing leads out
     ROUND = "round"  # ranks have agreed on this backward's round: at the first full bucket, or at the end
 
 
@@ -57,6 +68,8 @@ class GradientSync(Gradients):
     ) -> None:
         self.number = -1
         self.plan_digest = 0
+        self.loads = 0
+        self._broken = ""
         self._comm = comm
         self._groups = groups
         self._settings = settings
@@ -67,6 +80,7 @@ class GradientSync(Gradients):
         self._backwards = 0  # completed since the last synchronised one
         self._waiting_for: list[set[int]] = []  # per bucket, the parameters whose hook has not fired
         self._next_launch = 0
+        self._full = False  # the next bucket to launch has got all its gradients
         self._divisor = comm.size
         self._works: list[Work[None] | None] | None = None  # of the open round that is this object's to run
         self._backward_alive: Callable[[], object | None] = lambda: None
@@ -87,8 +101,9 @@ class GradientSync(Gradients):
     def fingerprint(self) -> Fingerprint:
         return self._plan.fingerprint()
 
-    def options(self) -> list[NumericOptions]:
-        return [numeric_options(group) for group in self._groups()]
+    def options(self) -> list[OwnedOptions]:
+        groups = [OwnedOptions(f"parameter group {n}", numeric_options(g)) for n, g in enumerate(self._groups())]
+        return [*groups, OwnedOptions("the optimizer", (("number of load_state_dict() calls", self.loads),))]
 
     def pending_mask(self) -> int:
         return self._plan.pending_mask()
@@ -101,6 +116,9 @@ class GradientSync(Gradients):
     def replan(self) -> None:
         self.plan_digest = self._plan.replan(self._channel())
         self._mark_all_changed()
+        # If a backward is running, its buckets are reduced at its end: hooks that have fired are not counted anew.
+        self._full = False
+        self._waiting_for = [{-1} for _ in self._plan.buckets]
 
     def run_round(self, mask: int, divisor: int) -> None:
         self._begin_round(divisor)
@@ -133,7 +151,8 @@ class GradientSync(Gradients):
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
         self.attach()
         self._notice_interruption()
-        options = options_hash(self._groups()) if call in _WITH_OPTIONS else 0
+        self._plan.require_known()
+        options = options_hash([*self._groups(), {"loads": self.loads}]) if call in _WITH_OPTIONS else 0
         rows = self._meet(call, options, payload)
         self._backwards = 0
         return rows
@@ -145,6 +164,9 @@ class GradientSync(Gradients):
         with self._coordinator.join(self):
             yield
 
+    def consume(self) -> None:
+        self._plan.consume()
+
     def serve_joined(self) -> int:
         assert self._coordinator is not None
         self._channel()
@@ -155,6 +177,8 @@ class GradientSync(Gradients):
         self._notice_interruption()
 
     def _notice_interruption(self) -> None:
+        if self._state is _State.BROKEN:
+            self._comm.abort(f"HeatoptError: {self._broken}")  # whoever caught the error cannot go on all the same
         if self._state not in (_State.DETACHED, _State.IDLE) and self._backward_alive() is None:
             self._recover()
 
@@ -214,6 +238,9 @@ class GradientSync(Gradients):
         self._notice_interruption()
         if self._state is _State.IDLE:
             self._begin_backward()
+        # The user's own hooks of a parameter may run after this one: a bucket is launched by the next parameter's hook.
+        if self._full and self._launches_early():
+            self._launch_full_buckets()
         number = self._plan.note_gradient(index, parameter)
         if number is None:
             return
@@ -221,13 +248,13 @@ class GradientSync(Gradients):
             self._plan.buckets[number].changed = True
             return
         self._waiting_for[number].discard(index)
-        if number == self._next_launch and not self._waiting_for[number] and self._launches_early():
-            self._launch_full_buckets()
+        self._full |= number == self._next_launch and not self._waiting_for[number]
 
     def _begin_backward(self) -> None:
         synchronised = self._no_sync_depth == 0 and self._backwards + 1 >= self._settings.accumulation_steps
         self._state = _State.SYNC_BACKWARD if synchronised else _State.LOCAL_BACKWARD
         self._next_launch = 0
+        self._full = False
         self._backward_alive = when_backward_ends(_end_of_backward, weakref.ref(self))
         if synchronised:
             self._waiting_for = [
@@ -246,6 +273,7 @@ class GradientSync(Gradients):
         return not self._plan.unplanned and self._coordinator.live_members == 1
 
     def _launch_full_buckets(self) -> None:
+        self._full = False
         if self._state is _State.SYNC_BACKWARD:
             self._open_round(ALL)
         if self._works is None:
@@ -258,6 +286,7 @@ class GradientSync(Gradients):
         """Agree on a round, which is then this object's to run, unless it had to be run with others' at once."""
         assert self._coordinator is not None
         self._channel()
+        mask |= self._plan.kept_mask()
         what = f"backward() of {self._settings.algorithm} ({self._describe(self._next_launch)})"
         divisor = self._coordinator.announce_backward(self, mask, what)
         self._state = _State.ROUND
@@ -292,13 +321,15 @@ class GradientSync(Gradients):
 
     def _recover(self) -> None:
         """The last backward was interrupted by an exception: go on if no other rank has seen it."""
-        seen = self._state is _State.ROUND
-        self._state = _State.IDLE
-        if seen:
-            raise HeatoptError(
-                f"rank {self._comm.rank}: a backward was interrupted after its first bucket had been reduced with the "
-                "other ranks, so this rank cannot skip it alone; let the exception end the job"
+        if self._state is _State.ROUND:
+            self._state = _State.BROKEN
+            place = self._describe(self._next_launch)
+            self._broken = (
+                f"rank {self._comm.rank}: an exception interrupted backward at {place}, after a reduction with the "
+                "other ranks had begun, so this rank cannot skip it alone; let the exception end the job"
             )
+            raise HeatoptError(self._broken)
+        self._state = _State.IDLE
         self._mark_all_changed()
 
     # Small parts
@@ -328,16 +359,6 @@ class GradientSync(Gradients):
         channel = self._coordinator.channel
         channel.timeout = self._settings.timeout or self._comm.timeout
         return channel
-
-
-def make_gradients(
-    comm: Communicator,
-    groups: Callable[[], list[dict[str, Any]]],
-    names: dict[int, str],
-    settings: SyncSettings,
-) -> Gradients:
-    """Return what averages gradients over the ranks of ``comm``; nothing at all for one rank."""
-    return LocalGradients() if comm.size == 1 else GradientSync(comm, groups, names, settings)
 
 
 def _end_of_backward(reference: weakref.ref[GradientSync]) -> None:

@@ -13,6 +13,9 @@ __all__ = ["Gradients", "LocalGradients"]
 class Gradients(ABC):
     """What an optimizer needs of the gradients of its parameters."""
 
+    loads: int
+    """Number of state dicts loaded since the ranks' states were last made equal; must agree at each update."""
+
     @abstractmethod
     def attach(self) -> None:
         """Meet the other ranks' instances, once. Collective."""
@@ -24,6 +27,10 @@ class Gradients(ABC):
         Returns:
             What all ranks announced; nothing if there is nobody to ask.
         """
+
+    @abstractmethod
+    def consume(self) -> None:
+        """An update has used the gradients: what is written into them from now on is new."""
 
     @abstractmethod
     def extend(self) -> None:
@@ -49,11 +56,17 @@ class Gradients(ABC):
 class LocalGradients(Gradients):
     """One process: its gradients are the averages."""
 
+    def __init__(self) -> None:
+        self.loads = 0
+
     def attach(self) -> None:
         pass
 
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
         return []
+
+    def consume(self) -> None:
+        pass
 
     def extend(self) -> None:
         pass

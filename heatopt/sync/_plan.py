@@ -63,8 +63,8 @@ class GradientPlan:
         count = sum(len(group["params"]) for group in self._groups())
         if count != len(self.parameters):
             raise HeatoptError(
-                f"the parameter groups have {count} parameters, but {len(self.parameters)} are synchronised: parameters "
-                "were added to (or removed from) the wrapped optimizer; use add_param_group of the DataParallelOptimizer"
+                f"the parameter groups have {count} parameters, but {len(self.parameters)} are synchronised: some were "
+                "added to or removed from the wrapped optimizer itself; use the DataParallelOptimizer's add_param_group"
             )
 
     def trainable(self) -> list[int]:
@@ -150,6 +150,15 @@ class GradientPlan:
             self.unplanned.add(index)
         return None
 
+    def kept_mask(self) -> int:
+        """Ask for new memory if somebody keeps gradients of an earlier step: O(parameters)."""
+        return REPLAN if any(bucket.is_aliased() for bucket in self.buckets) else 0
+
+    def consume(self) -> None:
+        """An update has used the gradients."""
+        for bucket in self.buckets:
+            bucket.consume()
+
     def changed_mask(self) -> int:
         """What backward has delivered that no reduction has seen: O(buckets)."""
         mask = SPARSE if self.sparse_changed else 0
@@ -170,7 +179,7 @@ class GradientPlan:
             gradient = self.parameters[index].grad
             self.sparse_changed |= gradient is not None and gradient is not final
         self.unplanned.update(index for index in self._outside if self.parameters[index].grad is not None)
-        return self.changed_mask()
+        return self.changed_mask() | self.kept_mask()
 
 
 def _is_sparse(gradient: torch.Tensor | None) -> bool:

@@ -131,6 +131,26 @@ def test_t09_gradients_set_by_hand(ranks: Ranks, explicit: bool, overflow: bool)
     ranks(body)
 
 
+def test_t09_gradient_overwritten_on_one_rank(ranks: Ranks) -> None:
+    """In place, after backward: nobody else can see it, but all hear of it and skip."""
+
+    def body(comm: Communicator) -> None:
+        for bad_rank in range(comm.size):
+            model = net(SINGLE)
+            optimizer = wrap(comm, sgd, model)
+            scaler = heatopt.GradScaler("cpu", init_scale=SCALE)
+            scaler.scale(loss_of(model, batch(0, comm.rank, dtype=SINGLE))).backward()
+            if comm.rank == bad_rank:
+                model[2].weight.grad[0, 0] = math.nan
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == SCALE / 2
+            assert_equal(model, net(SINGLE))
+            del optimizer
+
+    ranks(body)
+
+
 @pytest.mark.parametrize("scaled_before", [True, False], ids=["scaled-before", "never-scaled"])
 @pytest.mark.parametrize("overflow", [True, False])
 def test_t09_rank_without_backward(ranks: Ranks, scaled_before: bool, overflow: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import heatopt
 from tests.ranks._training import (
@@ -141,6 +142,34 @@ def test_t01_first_and_last_parameters_unused(ranks: Ranks) -> None:
     ranks(body)
 
 
+def test_more_buckets_than_bits_in_a_header(ranks: Ranks) -> None:
+    """Two hundred buckets; ranks use and set some of them only, far ones too."""
+
+    def body(comm: Communicator) -> None:
+        count = 200
+        layers = [nn.Parameter(torch.full((2,), float(n), dtype=torch.float64)) for n in range(count)]
+        optimizer = heatopt.DataParallelOptimizer(torch.optim.SGD(layers, lr=1.0), comm=comm, bucket_mb=TINY / 10)
+        used = range(comm.rank, count - 10, 3)
+        torch.stack([layers[n] * (n + 1) for n in used]).sum().backward()
+        by_hand = {7: 70.0, 68: 680.0, 129: 1290.0, count - 1: 1.0}
+        for number, value in by_hand.items():
+            if comm.rank == comm.size - 1:
+                layers[number].grad = torch.full((2,), value, dtype=torch.float64)
+        expected = [
+            sum(n + 1.0 for r in range(comm.size) if n in range(r, count - 10, 3)) / comm.size for n in range(count)
+        ]
+        for number, value in by_hand.items():
+            # The other ranks have the average of the backward there, or nothing.
+            expected[number] = (expected[number] * (comm.size - 1) + value) / comm.size
+        optimizer.step()
+        for n, layer in enumerate(layers):
+            assert_close(layer, torch.full((2,), n - expected[n], dtype=torch.float64))
+            assert (layer.grad is None) == (expected[n] == 0)
+        assert_ranks_equal(comm, layers)
+
+    ranks(body)
+
+
 class Tied(nn.Module):
     """A language model in small: the output's matrix is the embedding's."""
 
@@ -265,6 +294,67 @@ def test_t07_backward_inside_backward(ranks: Ranks) -> None:
         run(sgd(expected), expected, whole(0, comm.size))
         assert_close(model, expected)
         assert_ranks_equal(comm, model)
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("how", ["no_sync", "accumulation_steps"])
+def test_t07_t08_accumulation_over_reentrant_checkpoints(ranks: Ranks, how: str) -> None:
+    """Hooks fire several times in one backward, which counts as one all the same."""
+
+    def body(comm: Communicator) -> None:
+        model, expected = Tied(), Tied()
+        optimizer = wrap(comm, adamw, model, accumulation_steps=1 if how == "no_sync" else 3)
+        plain = adamw(expected)
+        for step in range(2):
+            optimizer.zero_grad()
+            plain.zero_grad()
+            for call in range(3):
+                local = optimizer.no_sync() if how == "no_sync" and call < 2 else contextlib.nullcontext()
+                with local:
+                    tied_loss(model, 10 * step + call, [comm.rank], reentrant).backward()
+                tied_loss(expected, 10 * step + call, list(range(comm.size)), None).backward()
+                if call < 2:
+                    alone = Tied()
+                    alone.load_state_dict(model.state_dict())
+                    for number in range(call + 1):
+                        tied_loss(alone, 10 * step + number, [comm.rank], None).backward()
+                    assert_close(gradients(model), gradients(alone))
+            assert_close(gradients(model), gradients(expected))
+            optimizer.step()
+            plain.step()
+        assert_close(model, expected)
+        assert_ranks_equal(comm, model, optimizer)
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("kind", ["whole model", "input with gradient", "segments"])
+def test_t07_checkpoint_of_everything(ranks: Ranks, kind: str) -> None:
+    """The outer backward has no parameter of its own, so hooks fire in the inner ones only."""
+
+    def loss(model: nn.Module, data: Batch) -> torch.Tensor:
+        x = data[0].clone().requires_grad_()
+        if kind == "segments":
+            found = checkpoint_sequential(model, 3, x, use_reentrant=True)
+        else:
+            found = reentrant(model, x * 1 if kind == "whole model" else x)
+        return (found - data[1]).square().mean()
+
+    def run(optimizer: torch.optim.Optimizer, model: nn.Module, data: Callable[[int], Batch]) -> None:
+        for step in range(3):
+            optimizer.zero_grad()
+            loss(model, data(step)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)  # right only if gradients are final by now
+            optimizer.step()
+
+    def body(comm: Communicator) -> None:
+        for bucket_mb in (TINY, 8):
+            model, expected = net(), net()
+            run(wrap(comm, adamw, model, bucket_mb=bucket_mb), model, lambda step: batch(step, comm.rank))
+            run(adamw(expected), expected, lambda step: whole(step, comm.size))
+            assert_close(model, expected)
+            assert_ranks_equal(comm, model)
 
     ranks(body)
 

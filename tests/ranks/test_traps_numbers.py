@@ -344,6 +344,30 @@ def test_t27_memory_format_after_wrapping(ranks: Ranks) -> None:
     ranks(body)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradient_of_another_dtype(ranks: Ranks) -> None:
+    """torch can keep gradients of bfloat16 parameters in single precision: they stay so, unrounded."""
+
+    def body(comm: Communicator) -> None:
+        for how in ("backward", "by hand"):
+            parameter = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+            parameter.grad_dtype = torch.float32
+            optimizer = heatopt.DataParallelOptimizer(torch.optim.SGD([parameter], lr=1.0, foreach=False), comm=comm)
+            if how == "backward":
+                (parameter.float() * (1 + comm.rank * 2.0**-12)).sum().backward()
+            else:
+                parameter.grad = torch.full((3,), 1 + comm.rank * 2.0**-12)
+            optimizer.synchronize()
+            assert parameter.grad.dtype is torch.float32
+            if how == "by hand":  # a backward of this graph rounds on its way
+                assert_close(parameter.grad, torch.full((3,), 1 + (comm.size - 1) / 2 * 2.0**-12), rtol=1e-6)
+            optimizer.step()
+            assert_ranks_equal(comm, parameter)
+            del optimizer
+
+    ranks(body)
+
+
 # torch's fused SGD
 
 

@@ -649,6 +649,98 @@ def test_wrong_arguments(ranks: Ranks) -> None:
     ranks(body)
 
 
+class Lion(torch.optim.Optimizer):
+    """An algorithm that torch does not have, with an option of its own and no ``foreach``."""
+
+    def __init__(self, params: Any, lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "note": "mine"})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                first, second = group["betas"]
+                parameter.sub_(group["lr"] * torch.tanh(100 * average.lerp(parameter.grad, 1 - first)))
+                average.lerp_(parameter.grad, 1 - second)
+        return loss
+
+
+def test_optimizer_that_is_not_torchs(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            return Lion(model.parameters())
+
+        model, expected = net(), net()
+        optimizer = wrap(comm, make, model)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(3)])
+        assert_close(optimizer, reference(make, expected, comm.size, 3), rtol=1e-7)
+        assert_close(model, expected, rtol=1e-7)
+        assert_ranks_equal(comm, model, optimizer)
+        module, duplicate = copy.deepcopy((model, optimizer))
+        train(duplicate, module, [batch(3, comm.rank)])
+        train(optimizer, model, [batch(3, comm.rank)])
+        assert_equal(module, model)
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("how", ["add_param_group", "append"])
+def test_t15_parameters_added_behind_the_wrappers_back(ranks: Ranks, how: str) -> None:
+    """To the wrapped optimizer itself: they are averaged as well, or refused, on all ranks; never different."""
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        optimizer = wrap(comm, sgd, model)
+        extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        if how == "append":
+            optimizer.param_groups[0]["params"].append(extra)
+        else:
+            optimizer.torch_optimizer.add_param_group({"params": [extra], "lr": 0.1})
+        (loss_of(model, batch(0, comm.rank)) + extra.sum() * (comm.rank + 1)).backward()
+        try:
+            optimizer.step()
+        except heatopt.HeatoptError:
+            assert_equal(extra, torch.ones(2, dtype=torch.float64))
+        else:
+            assert_close(extra, torch.full((2,), 1 - 0.1 * (comm.size + 1) / 2, dtype=torch.float64))
+        assert_ranks_equal(comm, model, extra)
+
+    ranks(body)
+
+
+def test_wrapper_in_a_cycle(ranks: Ranks) -> None:
+    """A trainer that refers to itself dies at another time on each rank; nothing depends on when."""
+
+    class Trainer:
+        def __init__(self, comm: Communicator, seed: int) -> None:
+            self.myself = self
+            self.model = net(seed=seed)
+            self.optimizer = wrap(comm, sgd, self.model)
+
+    def body(comm: Communicator) -> None:
+        for seed in range(3):
+            trainer = Trainer(comm, seed)
+            train(trainer.optimizer, trainer.model, [batch(0, comm.rank)])
+            del trainer
+            if comm.rank == seed:
+                gc.collect()
+            model, expected = net(), net()
+            optimizer = wrap(comm, adamw, model)
+            train(optimizer, model, [batch(step, comm.rank) for step in range(2)])
+            reference(adamw, expected, comm.size, 2)
+            assert_close(model, expected)
+            del optimizer
+
+    ranks(body)
+
+
 def test_no_amp_support_is_claimed(ranks: Ranks) -> None:
     """T9: a scaler would hand its scale to whatever claims support, and the wrapper would make steps too long."""
 

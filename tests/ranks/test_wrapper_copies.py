@@ -136,6 +136,32 @@ def test_t25_scheduler_on_a_copy(ranks: Ranks) -> None:
     ranks(body)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, by_pickle], ids=lambda how: how.__name__)
+def test_t25_scheduler_of_the_wrapped_optimizer_is_not_copied(ranks: Ranks, how: Copy) -> None:
+    """A scheduler replaces ``step`` on the object; a copied replacement would step the original."""
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        inner = sgd(model)
+        scheduler = schedulers.StepLR(inner, 1, gamma=0.5)
+        optimizer = heatopt.DataParallelOptimizer(inner, model=model, comm=comm, bucket_mb=TINY)
+        train(optimizer, model, [batch(0, comm.rank)])
+        scheduler.step()
+        module, duplicate = how((model, optimizer))
+        before = copy.deepcopy(model.state_dict())
+        train(duplicate, module, [batch(1, comm.rank)])
+        assert_equal(model.state_dict(), before)
+        expected = net()
+        plain = sgd(expected)
+        train(plain, expected, [whole(0, comm.size)])
+        plain.param_groups[0]["lr"] = 0.05
+        members = list(range(comm.size)) if how is copy.deepcopy else ranks_of_a_pickle(comm)
+        train(plain, expected, [whole(1, members)])
+        assert_close(module, expected)
+
+    ranks(body)
+
+
 def test_t25_copy_alone_has_parameters_of_its_own(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         model = net()

@@ -10,12 +10,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import heatopt
 from heatopt.comm import Communicator, SingleCommunicator, ThreadWorld, Topology, TorchCommunicator
+from heatopt.comm._work import Request, Steps, WorkQueue
 from heatopt.errors import (
     CheckpointError,
     CollectiveTimeoutError,
@@ -189,6 +191,85 @@ def test_torch_communicator_of_one_rank() -> None:
     assert not torch.distributed.is_initialized()
 
 
+# The queue of launched works
+
+
+class Operation(Request):
+    """An operation whose end the test decides."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.complete = False
+        self._error = error
+
+    def done(self) -> bool:
+        return self.complete
+
+    def wait(self) -> None:
+        self.complete = True
+        if self._error is not None:
+            raise self._error
+
+
+def stages(log: list[str], name: str, *operations: Operation) -> Steps[str]:
+    for number, operation in enumerate(operations):
+        log.append(f"{name}{number}")
+        yield operation
+    return name
+
+
+def test_poll_never_passes_an_earlier_work() -> None:
+    queue, log = WorkQueue(), list[str]()
+    first, second = [Operation(), Operation()], [Operation(), Operation()]
+    works = [queue.launch(stages(log, name, *ops), nullcontext) for name, ops in (("a", first), ("b", second))]
+    assert log == ["a0", "b0"]
+    second[0].complete = True
+    assert not works[1].done()
+    assert log == ["a0", "b0"]  # b1 may start after a1 only, whatever has completed
+    first[0].complete = True
+    assert not works[0].done()
+    assert log == ["a0", "b0", "a1"]
+    first[1].complete = True
+    assert not works[1].done()
+    assert log == ["a0", "b0", "a1", "b1"]
+    assert works[0].wait() == "a"
+    second[1].complete = True
+    assert works[1].done()
+    assert works[1].wait() == "b"
+
+
+def test_wait_advances_earlier_works_first() -> None:
+    queue, log = WorkQueue(), list[str]()
+    works = [queue.launch(stages(log, name, Operation(), Operation()), nullcontext) for name in "abc"]
+    assert works[1].wait() == "b"
+    assert log == ["a0", "b0", "c0", "a1", "b1"]
+    assert works[2].wait() == "c"
+    queue.drain()
+    assert works[0].done()
+    assert log == ["a0", "b0", "c0", "a1", "b1", "c1"]
+
+
+def test_failed_work_stays_failed() -> None:
+    queue, log = WorkQueue(), list[str]()
+    failing = queue.launch(stages(log, "a", Operation(RankFailedError("rank 3 is gone"))), nullcontext)
+    with pytest.raises(RankFailedError, match="rank 3 is gone"):
+        failing.wait()
+    with pytest.raises(RankFailedError, match="rank 3 is gone"):
+        failing.wait()
+
+
+def test_work_that_failed_between_stages_stays_failed() -> None:
+    def steps() -> Steps[str]:
+        yield Operation()
+        raise ArithmeticError("no room for the result")
+
+    queue = WorkQueue()
+    failing, other = queue.launch(steps(), nullcontext), queue.launch(stages([], "b", Operation()), nullcontext)
+    for _ in range(2):
+        with pytest.raises(ArithmeticError, match="no room"):
+            failing.wait()
+    assert other.wait() == "b"
+
+
 # Threads as ranks
 
 
@@ -216,9 +297,20 @@ def test_thread_world_can_run_again() -> None:
 
     assert world.run(body, 1.0) == [2.0, 2.0]
     assert world.run(body, 10.0) == [20.0, 20.0]
-    with pytest.raises(ValueError, match="too many dimensions"):
-        world.run(body, "text")
-    assert world.run(body, 5.0) == [10.0, 10.0]
+
+    def fail(comm: Communicator) -> None:
+        if comm.rank == 1:
+            time.sleep(0.05)
+            raise KeyError("missing")
+        comm.barrier()
+
+    def backwards(comm: Communicator) -> float:
+        time.sleep(0.05 * (1 - comm.rank))
+        return comm.allreduce(torch.tensor([5.0])).item()
+
+    with pytest.raises(KeyError):
+        world.run(fail)  # what rank 0 has said is never heard
+    assert world.run(backwards) == [10.0, 10.0]
 
 
 def test_thread_world_forgets_what_has_arrived() -> None:

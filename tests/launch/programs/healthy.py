@@ -2,7 +2,8 @@
 
     healthy.py LATE [default-group]
 
-With ``default-group`` the program has initialised torch.distributed itself. Writes one line per rank on stdout.
+With ``default-group`` the program has initialised torch.distributed itself, with the ranks in reverse order. Writes one
+line per rank on stdout.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 import heatopt
 from heatopt.comm import Communicator
@@ -59,7 +61,8 @@ def main() -> None:
     late = int(sys.argv[1])
     user_group = sys.argv[2:] == ["default-group"]
     if user_group:
-        dist.init_process_group("gloo")
+        store, number, size = next(iter(rendezvous("env://")))
+        dist.init_process_group("gloo", store=store, rank=size - 1 - number, world_size=size)
     comm = heatopt.world()
     assert heatopt.world() is comm
     if user_group:
