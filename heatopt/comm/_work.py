@@ -62,6 +62,7 @@ class Work(Generic[T]):
         self._queue = queue
         self._request: Request = COMPLETED
         self._result: T | None = None
+        self._error: BaseException | None = None
 
     def done(self) -> bool:
         """Make progress without blocking; True once the result is there."""
@@ -77,6 +78,8 @@ class Work(Generic[T]):
         """
         while self._steps is not None:
             self._queue.advance_through(self)
+        if self._error is not None:
+            raise self._error
         return self._result  # type: ignore[return-value]
 
     def _advance(self) -> None:
@@ -86,8 +89,8 @@ class Work(Generic[T]):
             self._request = next(self._steps)
         except StopIteration as stop:
             self._steps, self._request, self._result = None, COMPLETED, stop.value
-        except BaseException:
-            self._steps, self._request = None, COMPLETED
+        except BaseException as error:
+            self._steps, self._request, self._error = None, COMPLETED, error
             raise
 
 

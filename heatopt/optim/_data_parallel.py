@@ -58,7 +58,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             results are bit-identical. Default (None): True for CPU tensors, False for CUDA tensors.
         model: the module that the parameters belong to: gives names for messages, broadcasts its buffers and its other
             parameters too, and tells which embeddings have sparse gradients.
-        comm: the ranks; default :func:`heatopt.world`.
+        comm: the ranks; default :func:`heatopt.world`. Optimizers that are used together belong on one communicator.
         bucket_mb: size of a bucket, in MiB. The results do not depend on it.
         accumulation_steps: only every so many-th backward synchronises; the gradients of the ones between add up
             locally, as in plain torch, so divide the loss accordingly. ``step()`` belongs after the last of them.
