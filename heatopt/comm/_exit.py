@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
+from typing import TextIO
 
 __all__ = ["end_job_on_exception", "tell_on_exit", "write_last_words"]
 
@@ -28,7 +29,6 @@ def end_job_on_exception(rank: int, end_job: Callable[[str], None]) -> None:
         if os.getpid() != process:
             return  # a forked child is no rank
         if isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None:
-            # torch.distributed's own hook collects what this one prints, for later; there is no later.
             sys.__stderr__.write(sys.stderr.getvalue())
         end_job(f"rank {rank} failed with {kind.__name__}: {error}; ending the job on all ranks")
 
@@ -36,10 +36,11 @@ def end_job_on_exception(rank: int, end_job: Callable[[str], None]) -> None:
 
 
 def write_last_words(message: str) -> None:
-    """Print ``message`` to the process's own stderr, before the job is ended."""
-    stream = sys.__stderr__ or sys.stderr
-    for pending in (sys.stdout, sys.stderr):
-        pending.flush()
+    """Print ``message`` on stderr, before the job is ended."""
+    sys.stdout.flush()
+    # torch.distributed's exception hook collects what is printed meanwhile, for a later that does not come.
+    collected = isinstance(sys.stderr, io.StringIO) and sys.__stderr__ is not None
+    stream: TextIO = sys.__stderr__ if collected else sys.stderr  # type: ignore[assignment]
     stream.write(f"heatopt: {message}\n")
     stream.flush()
 

@@ -91,22 +91,6 @@ def test_some_ranks_poll_and_others_wait(ranks: Ranks) -> None:
     ranks(body)
 
 
-def test_done_is_false_until_all_ranks_have_come(ranks: Ranks) -> None:
-    def body(comm: Communicator) -> None:
-        first = comm.split(0)
-        if comm.rank == 0:
-            # The announcement of the call waits for the others, so only what follows it can be seen to be open.
-            work = first.all_gather_async(torch.zeros(3))
-            polled = work.done()
-            assert polled in (True, False)
-        else:
-            work = first.all_gather_async(torch.full((3,), float(comm.rank)))
-        assert work.wait()[-1].tolist() == [comm.size - 1.0] * 3
-        assert work.done()
-
-    ranks(body)
-
-
 def test_blocking_calls_between_launch_and_wait(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         works, own, wanted = launch_all(comm, torch.float32)
