@@ -15,7 +15,7 @@ import torch
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
 
-__all__ = ["REDUCE_OPS", "REDUCIBLE", "all_gather", "broadcast", "reduce_flat", "reduce_scatter_rows"]
+__all__ = ["REDUCE_OPS", "REDUCIBLE", "broadcast_flat", "gather_flat", "reduce_flat", "reduce_scatter_rows"]
 
 REDUCE_OPS = ("sum", "mean", "max", "min")
 
@@ -126,7 +126,7 @@ def reduce_scatter_rows(
     return own.view(torch.bool) if rows.dtype == torch.bool else own
 
 
-def all_gather(comm: Transport, flat: torch.Tensor, blocking: bool) -> Steps[torch.Tensor]:
+def gather_flat(comm: Transport, flat: torch.Tensor, blocking: bool) -> Steps[torch.Tensor]:
     """Return ``flat`` (contiguous, the same length everywhere) of every rank, as ranks x elements."""
     wire = comm._to_wire(flat)
     gathered = wire.new_empty((comm.size, wire.numel()))
@@ -135,7 +135,7 @@ def all_gather(comm: Transport, flat: torch.Tensor, blocking: bool) -> Steps[tor
     return gathered.to(flat.device)
 
 
-def broadcast(comm: Transport, flat: torch.Tensor, root: int, blocking: bool) -> Steps[None]:
+def broadcast_flat(comm: Transport, flat: torch.Tensor, root: int, blocking: bool) -> Steps[None]:
     """Copy the contiguous ``flat`` of rank ``root`` to every rank, in place."""
     if flat.numel() == 0:
         return

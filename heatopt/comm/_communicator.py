@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from heatopt.comm import _collectives as collectives
+from heatopt.comm._collectives import broadcast_flat, gather_flat, reduce_flat, reduce_scatter_rows
 from heatopt.comm._tensors import check_reduction, check_tensor, describe_call, flatten
 from heatopt.comm._topology import Topology
 from heatopt.comm._transport import Transport
@@ -240,7 +240,7 @@ class Communicator(Transport):
 
     def reduce_bucket(self, flat: torch.Tensor, divisor: int, blocking: bool, what: str) -> Work[None] | None:
         """Sum the contiguous ``flat`` over ranks and divide by ``divisor``, in place; ``None`` once completed."""
-        steps = collectives.reduce_flat(self, flat, "sum", divisor, blocking)
+        steps = reduce_flat(self, flat, "sum", divisor, blocking)
         if blocking:
             self._run(steps, what)
             return None
@@ -248,11 +248,11 @@ class Communicator(Transport):
 
     def gather_rows(self, flat: torch.Tensor, what: str) -> torch.Tensor:
         """Return the contiguous ``flat``, of equal length everywhere, of every rank as ranks x elements."""
-        return self._run(collectives.all_gather(self, flat, True), what)
+        return self._run(gather_flat(self, flat, True), what)
 
     def broadcast_bytes(self, flat: torch.Tensor, root: int, what: str) -> None:
         """Overwrite the contiguous ``flat`` with that of ``root``."""
-        self._run(collectives.broadcast(self, flat, root, True), what)
+        self._run(broadcast_flat(self, flat, root, True), what)
 
     def exchange_words(self, words: Words, what: str) -> Words:
         """Return the 64-bit integers of every rank, as an array of ranks x words. The fastest agreement there is."""
@@ -321,7 +321,7 @@ class Communicator(Transport):
         self._agree_on_tensor(describe_call(f"allreduce {op}", blocking), tensor)
         target = tensor.detach()
         flat = flatten(target)
-        yield from collectives.reduce_flat(self, flat, op, self.size if op == "mean" else 1, blocking)
+        yield from reduce_flat(self, flat, op, self.size if op == "mean" else 1, blocking)
         if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         return tensor
@@ -337,13 +337,13 @@ class Communicator(Transport):
         shape = (tensor.shape[0] // self.size, *tensor.shape[1:])
         rows = flatten(tensor.detach()).view(self.size, tensor.numel() // self.size)
         divisor = self.size if op == "mean" else 1
-        own = yield from collectives.reduce_scatter_rows(self, rows, op, divisor, blocking)
+        own = yield from reduce_scatter_rows(self, rows, op, divisor, blocking)
         return own.view(shape)
 
     def _gather_all(self, tensor: torch.Tensor, blocking: bool) -> Steps[list[torch.Tensor]]:
         self._agree_on_tensor(describe_call("all_gather", blocking), tensor)
         flat = flatten(tensor.detach())
-        gathered = yield from collectives.all_gather(self, flat, blocking)
+        gathered = yield from gather_flat(self, flat, blocking)
         return [row.view(tensor.shape) for row in gathered.unbind(0)]
 
     def _broadcast_any(self, tensor: torch.Tensor, root: int, blocking: bool) -> Steps[torch.Tensor]:
@@ -351,7 +351,7 @@ class Communicator(Transport):
         self._agree_on_tensor(describe_call(f"broadcast from {root}", blocking), tensor)
         target = tensor.detach()
         flat = flatten(target)
-        yield from collectives.broadcast(self, flat, root, blocking)
+        yield from broadcast_flat(self, flat, root, blocking)
         if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         return tensor
