@@ -78,7 +78,9 @@ def main() -> None:
         dist.all_reduce(total)
         assert total.item() == comm.size
         dist.destroy_process_group()
-    print(f"rank {comm.rank} of {comm.size} | {type(comm).__name__} | {place}", flush=True)
+    sys.stdout.write(
+        f"rank {comm.rank} of {comm.size} | {type(comm).__name__} | {place}\n"
+    )  # in one piece: ranks share the stream
     if comm.rank == late:
         time.sleep(3.0)
 

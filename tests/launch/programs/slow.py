@@ -5,6 +5,7 @@ Run it with HEATOPT_TIMEOUT=3: ranks then look around after 0.75 s, and at each 
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
@@ -50,7 +51,7 @@ def main() -> None:
     twin = comm.duplicate()
     polled(comm, twin)
     after_disagreement(comm, twin)
-    print(f"rank {comm.rank} has finished", flush=True)
+    sys.stdout.write(f"rank {comm.rank} has finished\n")  # in one piece: ranks share the stream
 
 
 if __name__ == "__main__":

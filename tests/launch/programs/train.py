@@ -97,7 +97,7 @@ def main() -> None:
     if fault == "fewer-steps":
         announce()
         return
-    print(f"rank {comm.rank} has finished", flush=True)
+    sys.stdout.write(f"rank {comm.rank} has finished\n")  # in one piece: ranks share the stream
 
 
 if __name__ == "__main__":

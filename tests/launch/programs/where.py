@@ -10,9 +10,9 @@ import heatopt
 def main() -> None:
     comm = heatopt.world()
     imported = "imported" if "mpi4py.MPI" in sys.modules else "not imported"
-    print(
-        f"rank {comm.rank} of {comm.size} | {type(comm).__name__} | mpi4py {imported} | {comm.timeout:g} s", flush=True
-    )
+    sys.stdout.write(
+        f"rank {comm.rank} of {comm.size} | {type(comm).__name__} | mpi4py {imported} | {comm.timeout:g} s\n"
+    )  # in one piece: ranks share the stream
 
 
 if __name__ == "__main__":
