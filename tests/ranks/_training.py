@@ -226,3 +226,11 @@ def _bits(tensor: torch.Tensor) -> bytes:
 def gradients(model: nn.Module) -> list[torch.Tensor | None]:
     """Copies of the gradients."""
     return [None if p.grad is None else p.grad.detach().clone() for p in model.parameters()]
+
+
+def assert_shares(optimizer: heatopt.DataParallelOptimizer) -> None:
+    """The wrapper has no groups, state or defaults of its own."""
+    inner = optimizer.torch_optimizer
+    assert optimizer.param_groups is inner.param_groups
+    assert optimizer.state is inner.state
+    assert optimizer.defaults is inner.defaults

@@ -100,25 +100,6 @@ def test_t28_unequal_numbers_of_batches(ranks: Ranks, name: str, bucket_mb: floa
     ranks(body)
 
 
-def test_t28_several_epochs(ranks: Ranks) -> None:
-    counts = COUNTS["3 and 5"]
-
-    def body(comm: Communicator) -> None:
-        model, expected = net(), net()
-        optimizer, plain = wrap(comm, sgd, model), sgd(expected)
-        for epoch in range(3):
-            with optimizer.join():
-                own = range(counts(comm.rank, comm.size))
-                train(optimizer, model, [batch(10 * epoch + step, comm.rank) for step in own])
-            for step in steps_of(counts, comm.size):
-                train(plain, expected, [whole(10 * epoch + step, active(counts, step, comm.size))])
-        assert_close(model, expected)
-        assert_close(optimizer, plain)
-        assert_ranks_equal(comm, model, optimizer)
-
-    ranks(body)
-
-
 @pytest.mark.parametrize("own", [True, False], ids=["clip_grad_norm_", "torch's"])
 def test_t28_with_clipping(ranks: Ranks, own: bool) -> None:
     counts = COUNTS["each another"]
@@ -168,7 +149,7 @@ def test_t28_with_a_scheduler_inside(ranks: Ranks) -> None:
     ranks(body)
 
 
-def test_t28_with_a_scheduler_outside(ranks: Ranks) -> None:
+def test_t28_several_epochs_with_a_scheduler_outside(ranks: Ranks) -> None:
     counts = COUNTS["5 and 3"]
 
     def body(comm: Communicator) -> None:

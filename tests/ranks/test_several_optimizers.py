@@ -364,3 +364,24 @@ def test_deleted_between_backward_and_step(ranks: Ranks) -> None:
         assert_ranks_equal(comm, model)
 
     ranks(body)
+
+
+def test_t30_collective_of_the_user_beside_the_optimizers(ranks: Ranks) -> None:
+    """The user's own collectives have a channel of their own: between backward and step they disturb nothing."""
+
+    def body(comm: Communicator) -> None:
+        model, expected = net(), net()
+        optimizer = wrap(comm, sgd, model, bucket_mb=TINY, blocking=False)
+        for step in range(3):
+            optimizer.zero_grad()
+            handle = comm.allreduce_async(torch.tensor([float(comm.rank)]))
+            loss = loss_of(model, batch(step, comm.rank))
+            loss.backward()
+            mean = comm.allreduce(loss.detach(), "mean")
+            optimizer.step()
+            assert handle.wait().item() == sum(range(comm.size))
+            assert mean.item() == comm.all_gather(mean)[-1].item()
+        reference(sgd, expected, comm.size, 3)
+        assert_close(model, expected)
+
+    ranks(body)

@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -71,7 +72,9 @@ class RankSession:
         self._collect_failures: list[str] = []
         self._why_left = ""
         self._in_step = True
+        self._failed = True
         self._stacks: Path | None = None
+        self._temporary: Path | None = None
         # The terminal itself: pytest does not capture while it configures.
         self._stderr: TextIO = os.fdopen(os.dup(2), "w")
         self.watchdog = Watchdog(launch.rank, self._abort, self._stderr)
@@ -79,6 +82,7 @@ class RankSession:
         self.exchange = exchange = open_exchange(launch)
         if exchange.size > 1:
             self._prepare_folder(exchange)
+            self._prepare_temporary_folder(config)
         self.watchdog.start("the collection of the tests", self._patience)
 
     def _prepare_folder(self, exchange: Exchange) -> None:
@@ -88,6 +92,12 @@ class RankSession:
         self._stacks.mkdir(parents=True, exist_ok=True)
         exchange.allgather(None)
         self.watchdog.connect(processes, self._stacks)
+
+    def _prepare_temporary_folder(self, config: pytest.Config) -> None:
+        """A folder of this rank's own: pytest numbers the sessions in a common one, which ranks would do at once."""
+        if config.option.basetemp is None:
+            self._temporary = Path(tempfile.mkdtemp(prefix="tmp-", dir=self.folder))
+            config.option.basetemp = str(self._temporary / "tmp")
 
     def _abort(self, code: int) -> None:
         if self.exchange is not None:
@@ -192,6 +202,7 @@ class RankSession:
             session.exitstatus = max(leaving.exit_code for _, leaving in messages)
         else:  # this rank has left the others in the middle
             session.exitstatus = session.exitstatus or _FAILED
+        self._failed = session.exitstatus != 0
 
     def close(self) -> None:
         """Leave together: a launcher kills the other ranks when one ends with an error, and rank 0 has to print."""
@@ -199,6 +210,8 @@ class RankSession:
         with contextlib.suppress(MissingRanksError):
             self.ranks.allgather(None, _LEAVE_SECONDS)
         self.watchdog.close()
+        if self._temporary is not None and not self._failed:
+            shutil.rmtree(self._temporary, ignore_errors=True)
         if self._stacks is not None:  # no session that ended badly comes here: its stacks are kept
             shutil.rmtree(self._stacks, ignore_errors=True)
         self.ranks.close()

@@ -20,10 +20,12 @@ TIMED_OUT = 124
 
 _STACK_SIGNAL = signal.SIGUSR2
 _LOOK_SECONDS = 0.1
-_COLLECT_SECONDS = 3.0
+_COLLECT_SECONDS = 5.0
 # For a rank that holds the interpreter's lock and so stops the watching thread too.
 _LAST_RESORT_SECONDS = 15.0
-_PYTEST_FRAME = re.compile(r'  File ".*/(_pytest|pluggy|pytest|tests/support)/|  File "<frozen runpy>')
+_PYTEST_FRAME = re.compile(r'  File "(.*/(_pytest|pluggy|pytest|tests/support)/|.*/runpy\.py"|<frozen runpy>)')
+# The main thread comes last; its outermost frame is that of the program.
+_LAST_LINE = re.compile(r"( in <module>| in _run_module_as_main|  \.\.\.)\n*\Z")
 _WATCHING = re.compile(r'/tests/support/watchdog\.py", line \d+ in _watch$', re.MULTILINE)
 
 
@@ -146,11 +148,12 @@ class Watchdog:
                     os.kill(process, _STACK_SIGNAL)
         paths = [self._path(rank) for rank in range(len(self._peers))]
         deadline = time.monotonic() + _COLLECT_SECONDS
-        while time.monotonic() < deadline and not all(path.exists() and path.stat().st_size for path in paths):
+        while True:
+            texts = [path.read_text() if path.exists() else "" for path in paths]
+            if all(_LAST_LINE.search(text) for text in texts) or time.monotonic() > deadline:
+                break
             time.sleep(_LOOK_SECONDS)
-        time.sleep(_LOOK_SECONDS)  # the last one may still be writing
         nothing = "(none: the process has ended, is on another host, or does not answer)"
-        texts = [path.read_text() if path.exists() else "" for path in paths]
         return "\n".join(
             f"--- stacks of rank {rank} ---\n{_without_pytest(text) if text else nothing}"
             for rank, text in enumerate(texts)
