@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from heatopt.comm._communicator import Communicator, NodeGroups
 from heatopt.comm._launch import world
+from heatopt.comm._node_reduction import BucketMemory, ReduceOptions
 from heatopt.comm._settings import check_timeout
 from heatopt.comm._single import SingleCommunicator
 from heatopt.comm._threads import ThreadCommunicator, ThreadWorld
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     from heatopt.comm._torch import TorchCommunicator, rendezvous_store
 
 __all__ = [
+    "BucketMemory",
     "Communicator",
     "MPICommunicator",
     "NodeGroups",
+    "ReduceOptions",
     "SingleCommunicator",
     "ThreadCommunicator",
     "ThreadWorld",

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from heatopt.comm._collectives import broadcast_flat, gather_flat, reduce_flat, reduce_scatter_rows
-from heatopt.comm._tensors import check_reduction, check_tensor, describe_call, flatten
+from heatopt.comm._group import RankGroup, Words
+from heatopt.comm._node_reduction import BucketMemory, ReduceOptions
+from heatopt.comm._reducer import BucketReducer
+from heatopt.comm._tensors import check_reduction, describe_call, flatten
 from heatopt.comm._topology import Topology
-from heatopt.comm._transport import Transport
 from heatopt.comm._watchdog import Watchdog
-from heatopt.comm._work import Steps, Work, WorkQueue
-from heatopt.errors import RankMismatchError
+from heatopt.comm._work import Steps, Work
 
-__all__ = ["Communicator", "NodeGroups"]
+__all__ = ["Communicator", "NodeGroups", "Words"]
 
 T = TypeVar("T")
-Words = npt.NDArray[np.int64]
 
 
 class NodeGroups(NamedTuple):
@@ -36,7 +30,7 @@ class NodeGroups(NamedTuple):
     """The ranks that have this rank's ``node_rank`` on their node, one per node that has as many ranks."""
 
 
-class Communicator(Transport):
+class Communicator(RankGroup):
     """A group of ranks that work together.
 
     Every method that exchanges data is collective: all ranks of the group call it, in the same order, with tensors
@@ -57,41 +51,9 @@ class Communicator(Transport):
         members: tuple[int, ...] | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
-        self.rank = rank
-        """This process's number in the group, 0 <= rank < size."""
-        self.size = len(topology.node_of)
-        """Number of ranks in the group."""
-        self.timeout = timeout
-        """Seconds after which a waiting collective gives up, naming the late ranks; ``inf``: never."""
-        self._topology = topology
-        self._name = name
-        self._members = tuple(range(self.size)) if members is None else members  # their ranks in the world
+        super().__init__(rank, topology, timeout, name=name, members=members, watchdog=watchdog)
         self._children = 0
-        self._operations = 0  # started on this communicator, the same number on all its ranks
-        self._watchdog = watchdog
-        self._queue = WorkQueue()
-
-    # Topology
-
-    @property
-    def node_rank(self) -> int:
-        """This rank's number among the ranks of its node."""
-        return self._topology.node_rank(self.rank)
-
-    @property
-    def node_size(self) -> int:
-        """Number of ranks on this node."""
-        return self._topology.node_size(self.rank)
-
-    @property
-    def node_index(self) -> int:
-        """Number of this rank's node, 0 <= node_index < num_nodes."""
-        return self._topology.node_index(self.rank)
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of nodes; ranks share a node if they share its memory (``HEATOPT_RANKS_PER_NODE`` overrides)."""
-        return self._topology.num_nodes
+        self._reducer = BucketReducer()
 
     # Collectives on tensors
 
@@ -217,34 +179,32 @@ class Communicator(Transport):
         return child
 
     def close(self) -> None:
-        """Complete what is in flight and free the group's resources. Collective; the default does the former."""
+        """Complete what is in flight and free the group's resources. Collective."""
         self._queue.drain()
+        self._reducer.close()
+        self._node = None
 
     @abstractmethod
     def abort(self, message: str, code: int = 1) -> NoReturn:
         """End the job on all ranks with ``message`` on stderr and a non-zero exit code."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
-        return self  # A copy of whatever holds a communicator talks to the same ranks.
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a communicator belongs to its process and cannot be pickled; call heatopt.world() in the other one"
-        )
-
     # What the layers above use: no agreement check, since their plans are fingerprinted.
 
-    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Zeroed, contiguous memory for a bucket of ``numel`` elements, from where reductions are fastest."""
-        return torch.zeros(numel, dtype=dtype, device=device)
+    def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> BucketMemory:
+        """Zeroed memory for a bucket of ``numel`` elements, from where reductions are fastest. Collective."""
+        return self._reducer.allocate(self, self._make_group, numel, dtype, device)
 
-    def reduce_bucket(self, flat: torch.Tensor, divisor: int, blocking: bool, what: str) -> Work[None] | None:
-        """Sum the contiguous ``flat`` over ranks and divide by ``divisor``, in place; ``None`` once completed."""
-        steps = reduce_flat(self, flat, "sum", divisor, blocking)
-        if blocking:
+    def reduce_bucket(self, memory: BucketMemory, options: ReduceOptions, what: str) -> Work[None] | None:
+        """Sum a bucket over ranks and divide, in place; ``None`` once completed."""
+        steps = self._reducer.steps(self, memory, options)
+        if options.blocking:
             self._run(steps, what)
             return None
         return self._launch(steps, what)
+
+    def progress(self) -> None:
+        """Advance what has been launched, without blocking."""
+        self._queue.poll()
 
     def gather_rows(self, flat: torch.Tensor, what: str) -> torch.Tensor:
         """Return the contiguous ``flat``, of equal length everywhere, of every rank as ranks x elements."""
@@ -254,59 +214,7 @@ class Communicator(Transport):
         """Overwrite the contiguous ``flat`` with that of ``root``."""
         self._run(broadcast_flat(self, flat, root, True), what)
 
-    def exchange_words(self, words: Words, what: str) -> Words:
-        """Return the 64-bit integers of every rank, as an array of ranks x words. The fastest agreement there is."""
-        self._queue.drain()
-        with self._waiting(what, self._enter()):
-            return self._exchange_words(words)
-
-    def agree_on(self, described: object, call: str) -> None:
-        """Raise RankMismatchError on all ranks unless all pass the same, comparable and printable, object."""
-        self._agree(f"{call} {described!r}", f"{call} with {described!r}")
-
-    def exchange_objects(self, obj: T, what: str = "exchange of objects") -> list[T]:
-        """Return the objects of every rank."""
-        self._queue.drain()
-        with self._waiting(what, self._enter()):
-            return self._exchange_objects(obj)
-
-    # Waits
-
-    def _run(self, steps: Steps[T], what: str) -> T:
-        """Run a collective to its end, after the works before it."""
-        self._queue.drain()
-        return self._queue.run(steps, partial(self._waiting, what, self._enter()))
-
-    def _launch(self, steps: Steps[T], what: str) -> Work[T]:
-        return self._queue.launch(steps, partial(self._waiting, what, self._enter()))
-
-    def _enter(self) -> int:
-        """An operation of this communicator starts; return its number, which is the same on all ranks."""
-        self._operations += 1
-        if self._watchdog is not None:
-            self._watchdog.enter(self._name, self._operations)
-        return self._operations
-
-    @contextmanager
-    def _waiting(self, what: str, number: int) -> Iterator[None]:
-        """Surround each wait, so that a watchdog can look at it from another thread."""
-        dog = self._watchdog
-        if dog is None:
-            yield
-            return
-        dog.begin(self._name, number, what, self._members, self.timeout)
-        try:
-            yield
-        finally:
-            dog.end()
-
     # What a backend adds to the transport
-
-    @abstractmethod
-    def _exchange_words(self, words: Words) -> Words: ...
-
-    @abstractmethod
-    def _exchange_objects(self, obj: T) -> list[T]: ...
 
     @abstractmethod
     def _open_group(
@@ -355,33 +263,3 @@ class Communicator(Transport):
         if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         return tensor
-
-    def check_root(self, root: int) -> None:
-        """Raise ValueError unless ``root`` is a rank."""
-        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
-            raise ValueError(f"root must be a rank, 0 <= root < {self.size}, got {root!r}")
-
-    def _agree_on_tensor(self, call: str, tensor: torch.Tensor) -> None:
-        check_tensor(tensor)
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{call} needs a dense tensor, got layout {tensor.layout}")
-        described = f"{call}, shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device.type}"
-        self._agree(described, described)
-
-    def _agree(self, signature: str, described: str) -> None:
-        """Raise on all ranks unless all make the same call with the same kind of argument."""
-        digest = hashlib.blake2b(signature.encode(), digest_size=8).digest()
-        words = np.frombuffer(digest, dtype=np.int64).copy()
-        rows = self.exchange_words(words, described)
-        if (rows == words).all():
-            return
-        answers = self.exchange_objects((described, self._operations), "comparison of calls")
-        # Whoever catches the error goes on with the same number of operations as the others.
-        self._operations = max(operations for _, operations in answers)
-        self._enter()
-        calls = [call for call, _ in answers]
-        other = next(rank for rank, call in enumerate(calls) if call != calls[0])
-        raise RankMismatchError(
-            f"ranks make different collective calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}; "
-            "every rank must make the same calls in the same order"
-        )

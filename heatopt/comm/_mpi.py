@@ -87,6 +87,8 @@ class MPICommunicator(Communicator):
     memory if a real transfer showed that this MPI can read it, else through host memory.
     """
 
+    can_share_memory = True
+
     def __init__(self, comm: MPI.Intracomm | None = None, timeout: float | None = None) -> None:
         base = MPI.COMM_WORLD if comm is None else comm
         neighbours = base.Split_type(MPI.COMM_TYPE_SHARED)

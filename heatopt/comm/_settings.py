@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-__all__ = ["DEFAULT_TIMEOUT", "check_timeout", "default_timeout", "ranks_per_node"]
+__all__ = ["DEFAULT_TIMEOUT", "check_timeout", "default_timeout", "ranks_per_node", "shared_memory_wanted"]
 
 DEFAULT_TIMEOUT = 600.0
 
@@ -51,3 +51,11 @@ def ranks_per_node() -> int | None:
     if count < 1:
         raise ValueError(f"environment variable HEATOPT_RANKS_PER_NODE must be an integer >= 1, got {text!r}")
     return count
+
+
+def shared_memory_wanted() -> bool:
+    """False if ``HEATOPT_SHARED_MEMORY=0`` sends gradients through MPI or gloo within a node too."""
+    text = os.environ.get("HEATOPT_SHARED_MEMORY", "1")
+    if text not in ("0", "1"):
+        raise ValueError(f"environment variable HEATOPT_SHARED_MEMORY must be 0 or 1, got {text!r}")
+    return text == "1"

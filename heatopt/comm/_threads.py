@@ -46,17 +46,22 @@ class ThreadWorld:
         size: number of ranks.
         timeout: seconds after which a waiting rank raises :class:`~heatopt.errors.CollectiveTimeoutError`.
         ranks_per_node: grouping into virtual nodes; default: all on one (or ``HEATOPT_RANKS_PER_NODE``).
+        shared_memory: reduce buckets in memory that the ranks of a node share, as processes do; such operations are not
+            among the events.
 
     Example:
         >>> ThreadWorld(2).run(lambda comm: comm.allreduce(torch.tensor(comm.rank + 1)).item())
         [3, 3]
     """
 
-    def __init__(self, size: int, timeout: float = 30.0, *, ranks_per_node: int | None = None) -> None:
+    def __init__(
+        self, size: int, timeout: float = 30.0, *, ranks_per_node: int | None = None, shared_memory: bool = False
+    ) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"size must be an integer >= 1, got {size!r}")
         self.size = size
         self.timeout = timeout
+        self.shared_memory = shared_memory
         self.events: list[Event] = []
         self._topology = Topology.detect([rank // (ranks_per_node or size) for rank in range(size)])
         self._changed = threading.Condition()
@@ -163,7 +168,12 @@ class ThreadCommunicator(Communicator):
     def __init__(self, world: ThreadWorld, name: str, members: tuple[int, ...], rank: int, topology: Topology) -> None:
         super().__init__(rank, topology, world.timeout, name=name, members=members)
         self._world = world
+        self.can_share_memory = world.shared_memory
+        self.is_gone = self._has_left
         self._started: dict[str, int] = {}
+
+    def _has_left(self, rank: int) -> bool:
+        return self._members[rank] in self._world._gone
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
         raise RankFailedError(message)

@@ -106,6 +106,8 @@ class TorchCommunicator(Communicator):
         ValueError: neither a store nor an initialised default process group.
     """
 
+    can_share_memory = True
+
     def __init__(
         self,
         store: Store | None = None,

@@ -10,26 +10,24 @@ from typing import Any
 
 import torch
 
-from heatopt.comm import Communicator, Work
+from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
 from heatopt.sync._coordinator import (
     ALL,
     REPLAN,
-    SPARSE,
     Call,
     Coordinator,
     OwnedOptions,
     Row,
-    bucket_bit,
     coordinator_of,
 )
 from heatopt.sync._fingerprint import Fingerprint, numeric_options, options_hash
 from heatopt.sync._graphs import never_compiled, outside_graphs
 from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
+from heatopt.sync._round import Round
 from heatopt.sync._settings import SyncSettings
-from heatopt.sync._sparse import average_sparse
 
 __all__ = ["GradientSync"]
 
@@ -81,8 +79,7 @@ class GradientSync(Gradients):
         self._waiting_for: list[set[int]] = []  # per bucket, the parameters whose hook has not fired
         self._next_launch = 0
         self._full = False  # the next bucket to launch has got all its gradients
-        self._divisor = comm.size
-        self._works: list[Work[None] | None] | None = None  # of the open round that is this object's to run
+        self._round: Round | None = None  # the open one, if it is this object's to run
         self._backward_alive: Callable[[], object | None] = lambda: None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._hooked = 0  # parameters that have their hook, from the first
@@ -122,10 +119,7 @@ class GradientSync(Gradients):
 
     def run_round(self, mask: int, divisor: int) -> None:
         self._begin_round(divisor)
-        for number in range(len(self._plan.buckets)):
-            if mask & bucket_bit(number):
-                self._launch(number)
-        self._complete_round(mask)
+        self._finish_round(mask)
 
     # Calls of the optimizer
 
@@ -190,45 +184,17 @@ class GradientSync(Gradients):
         finally:
             self._no_sync_depth -= 1
 
-    # Rounds
-
     def _begin_round(self, divisor: int) -> None:
-        self._divisor = divisor
         self._next_launch = 0
-        self._works = [None] * len(self._plan.buckets)
+        self._round = Round(self._plan, self._settings, self._channel(), divisor, self._contributes)
 
-    def _launch(self, number: int) -> None:
-        bucket = self._plan.buckets[number]
-        if self._contributes:
-            bucket.pack()
-        else:
-            bucket.pack_nothing()
-        bucket.changed = False
-        blocking = self._settings.blocking_on(bucket.plan.device)
-        what = f"the reduction for {self._settings.algorithm} of {self._plan.descriptions[number]}"
-        work = self._channel().reduce_bucket(bucket.memory, self._divisor, blocking, what)
-        assert self._works is not None
-        self._works[number] = work
-        if work is None and self._contributes:
-            bucket.reveal()
-
-    def _complete_round(self, mask: int) -> None:
-        """Wait for the launched buckets, then average the sparse gradients."""
-        for number, work in enumerate(self._works or ()):
-            if work is not None:
-                work.wait()
-                if self._contributes:
-                    self._plan.buckets[number].reveal()
-        self._works = None
-        sparse = self._plan.sparse
-        if not sparse or not mask & SPARSE:
-            return
-        parameters = [self._plan.parameters[index] for index in sparse]
-        self._plan.sparse_changed = False
-        means = average_sparse(self._channel(), parameters, self._divisor, self._contributes)
-        if self._contributes:
-            for index, parameter, mean in zip(list(sparse), parameters, means, strict=True):
-                parameter.grad = sparse[index] = mean
+    def _finish_round(self, mask: int) -> None:
+        """Reduce what of ``mask`` has not been launched, and wait for all of it."""
+        if self._round is not None:
+            current, self._round = self._round, None
+            current.launch_rest(mask, self._next_launch)
+            self._next_launch = len(self._plan.buckets)
+            current.complete(mask)
 
     # Backward
 
@@ -241,6 +207,8 @@ class GradientSync(Gradients):
         # The user's own hooks of a parameter may run after this one: a bucket is launched by the next parameter's hook.
         if self._full and self._launches_early():
             self._launch_full_buckets()
+        elif self._round is not None:
+            self._round.progress()
         number = self._plan.note_gradient(index, parameter)
         if number is None:
             return
@@ -276,11 +244,11 @@ class GradientSync(Gradients):
         self._full = False
         if self._state is _State.SYNC_BACKWARD:
             self._open_round(ALL)
-        if self._works is None:
+        if self._round is None:
             return
-        while self._next_launch < len(self._works) and not self._waiting_for[self._next_launch]:
+        while self._next_launch < len(self._waiting_for) and not self._waiting_for[self._next_launch]:
             self._next_launch += 1
-            self._launch(self._next_launch - 1)
+            self._round.launch(self._next_launch - 1)
 
     def _open_round(self, mask: int) -> None:
         """Agree on a round, which is then this object's to run, unless it had to be run with others' at once."""
@@ -303,21 +271,13 @@ class GradientSync(Gradients):
                 return
             if self._state is _State.SYNC_BACKWARD:
                 self._open_round(ALL | (REPLAN if self._plan.unplanned else 0))
-            self._run_open_round(ALL)
+            self._finish_round(ALL)
             while late := self._plan.changed_mask():
                 self._open_round(late)
-                self._run_open_round(late)
+                self._finish_round(late)
             self._backwards = 0
         finally:
             self._state = _State.IDLE
-
-    def _run_open_round(self, mask: int) -> None:
-        if self._works is not None:
-            for number in range(self._next_launch, len(self._works)):
-                if mask & bucket_bit(number):
-                    self._launch(number)
-            self._next_launch = len(self._works)
-            self._complete_round(mask)
 
     def _recover(self) -> None:
         """The last backward was interrupted by an exception: go on if no other rank has seen it."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from heatopt.buckets import Bucket, ParameterSpec, gradient_dtype, plan_buckets
-from heatopt.comm import Communicator
+from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, bucket_bit
 from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, first_difference, printable_options
@@ -35,6 +35,8 @@ class GradientPlan:
         self.parameters: list[torch.Tensor] = []
         self.names: list[str] = []
         self.buckets: list[Bucket] = []
+        self.memories: list[BucketMemory] = []
+        """What the buckets live in."""
         self.descriptions: list[str] = []
         """Number and first names of each bucket, for messages."""
         self.slot_of: dict[int, int] = {}
@@ -117,13 +119,10 @@ class GradientPlan:
                 f"ranks have different optimizers: {first_difference(channel.exchange_objects(found))}"
             )
         self.descriptions = [f"bucket {number}: {plan.describe()}" for number, plan in enumerate(plans)]
+        self.memories = [channel.allocate(plan.numel, plan.dtype, plan.device) for plan in plans]
         self.buckets = [
-            Bucket(
-                plan,
-                channel.allocate(plan.numel, plan.dtype, plan.device),
-                [self.parameters[slot.index] for slot in plan.slots],
-            )
-            for plan in plans
+            Bucket(plan, memory.own, [self.parameters[slot.index] for slot in plan.slots])
+            for plan, memory in zip(plans, self.memories, strict=True)
         ]
         return found.digest()
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from heatopt.comm import ReduceOptions
+
 __all__ = ["SyncSettings"]
 
 
@@ -23,6 +25,10 @@ class SyncSettings:
     """Reduce a bucket before backward goes on; None: for CPU tensors."""
     timeout: float | None
     """Seconds; None: the communicator's."""
+    wire_dtype: torch.dtype | None = None
+    """What gradients are rounded to on the network."""
+    reproducible: bool = False
+    """Sum in rank order across nodes too."""
     sparse: tuple[int, ...] = ()
     """Indices of the parameters known to get sparse gradients."""
 
@@ -35,6 +41,10 @@ class SyncSettings:
         """Non-blocking MPI on a CPU is slower than blocking, since the sums need the same cores as the training."""
         return device.type == "cpu" if self.blocking is None else self.blocking
 
+    def reduction(self, blocking: bool, divisor: int) -> ReduceOptions:
+        """How a bucket is reduced."""
+        return ReduceOptions(divisor, blocking, self.wire_dtype, self.reproducible)
+
     def printable(self) -> tuple[tuple[str, str], ...]:
         """What all ranks must agree on."""
         return (
@@ -42,4 +52,6 @@ class SyncSettings:
             ("bucket_mb", repr(self.bucket_mb)),
             ("accumulation_steps", repr(self.accumulation_steps)),
             ("blocking", repr(self.blocking)),
+            ("wire_dtype", repr(self.wire_dtype)),
+            ("reproducible", repr(self.reproducible)),
         )

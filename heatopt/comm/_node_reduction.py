@@ -1,0 +1,89 @@
+"""Reductions of buckets that live in shared memory, within a node and across nodes.
+
+[Note: Hierarchy]
+With several nodes the owner of a slice first sums it over its node; then the owners of the same slice on all nodes
+reduce it with each other, all slices at the same time over all network interfaces, each byte crossing once; then each
+owner hands the result to its neighbours. Sums are in rank order within a node, and of the nodes' sums in node order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from heatopt.comm._collectives import reduce_flat
+from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice
+from heatopt.comm._shared_memory import Lane, NodeMemory
+from heatopt.comm._transport import Transport
+from heatopt.comm._work import Steps
+
+__all__ = ["BucketMemory", "NodeReduction", "ReduceOptions"]
+
+
+@dataclass(frozen=True)
+class BucketMemory:
+    """The memory of one bucket: this rank's, and its neighbours' where the node shares it."""
+
+    segments: list[torch.Tensor]
+    """Flat memory of each rank of the node; only this rank's if the memory is not shared."""
+    position: int
+    """Which of them is this rank's."""
+    shared: bool
+    """True if the reduction goes through the node's memory (also on a node of one rank, if others have more)."""
+
+    @property
+    def own(self) -> torch.Tensor:
+        """This rank's memory."""
+        return self.segments[self.position]
+
+
+@dataclass(frozen=True)
+class ReduceOptions:
+    """How buckets are reduced; equal on all ranks."""
+
+    divisor: int
+    """What the sum is divided by."""
+    blocking: bool
+    """Complete before returning."""
+    wire_dtype: torch.dtype | None = None
+    """What floating values are rounded to on the network."""
+    reproducible: bool = False
+    """Sum in rank order across nodes too, whatever that costs."""
+
+
+class NodeReduction:
+    """Reduces buckets through the memory of the node.
+
+    Args:
+        node: the memory.
+        owners: how many ranks of each node own a slice: as many as the smallest node has ranks.
+        across: this rank and the owners of the same slice on the other nodes; None for a single node.
+    """
+
+    def __init__(self, node: NodeMemory, owners: int, across: Transport | None) -> None:
+        self._node = node
+        self._owners = owners
+        self._across = across
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> BucketMemory | None:
+        """Memory for a bucket; None on all ranks if any has not enough. Collective."""
+        block = self._node.allocate(numel * dtype.itemsize)
+        return None if block is None else BucketMemory(block.typed(dtype, numel), self._node.local_rank, True)
+
+    def steps(self, memory: BucketMemory, options: ReduceOptions) -> Steps[None]:
+        """Replace a bucket of all ranks by its mean. See [Note: Sums in shared memory]."""
+        yield self._node.arrive(Lane.LAUNCH)
+        if self._node.local_rank < self._owners:
+            segments = [torch.view_as_real(s).view(-1) if s.is_complex() else s for s in memory.segments]
+            start, stop = slice_bounds(segments[0].numel(), self._node.local_rank, self._owners)
+            if self._across is None:
+                sum_slice(segments, start, stop, options.divisor)
+            else:
+                parts = [segment[start:stop] for segment in segments]
+                total = sum_in_first(parts)
+                yield from reduce_flat(
+                    self._across, total, "sum", options.divisor, options.blocking, options.wire_dtype
+                )
+                spread(total, parts)
+        yield self._node.arrive(Lane.FINISH)

@@ -1,0 +1,212 @@
+"""Memory that the ranks of a node share: gradients live in it, and small agreements go through it.
+
+[Note: Shared memory]
+Each node's lowest rank makes an anonymous file in memory (``memfd_create``), and its neighbours open it through
+``/proc``. It has no name, so nothing can stay behind after a crash; it does not depend on the size of ``/dev/shm``; and
+each process frees its part by itself, when the last tensor in it dies, so garbage collection needs no agreement (a
+window of MPI's own can only be freed by all ranks together). It serves MPI and gloo alike.
+
+A block has one segment for each rank of the node. A rank writes into its own segment; within a reduction the owner of a
+slice reads and writes that slice in all segments. See [Note: Sums in shared memory].
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from heatopt._log import logger
+from heatopt.comm._work import Request
+from heatopt.errors import RankFailedError
+
+__all__ = ["Lane", "Meeting", "NodeMemory", "SharedBlock"]
+
+_PAGE = 4096
+_LINE = 8  # 64-bit words in a cache line: flags of two ranks never share one
+# A rank that waits first spins, since its neighbours are usually about to come, then lets others have its core.
+_SPINS = 40
+_NAP = 20e-6
+
+Exchange = Callable[[Any, str], list[Any]]
+Words = npt.NDArray[np.int64]
+
+
+class SharedBlock:
+    """One segment of memory per rank of the node; this process sees all of them."""
+
+    def __init__(self, memory: mmap.mmap, segment_bytes: int, ranks: int) -> None:
+        self.segments = [
+            torch.frombuffer(memory, dtype=torch.uint8, count=segment_bytes, offset=rank * segment_bytes)
+            for rank in range(ranks)
+        ]
+        """Bytes of each rank of the node, in the order of their ranks. They keep the memory alive."""
+
+    def typed(self, dtype: torch.dtype, numel: int) -> list[torch.Tensor]:
+        """The segments as tensors of ``numel`` elements."""
+        return [segment[: numel * dtype.itemsize].view(dtype) for segment in self.segments]
+
+
+class Lane(IntEnum):
+    """Sequences of meetings; the ranks of a node go through each of them in the same order.
+
+    See [Note: Order of stages]: reductions are launched in program order and finished in the order of their launches,
+    but how many have been finished when the next one is launched differs between ranks.
+    """
+
+    LAUNCH = 0
+    FINISH = 1
+    EXCHANGE = 2
+
+
+class Meeting(Request):
+    """Completed once every rank of the node has arrived. What they wrote before is visible afterwards."""
+
+    def __init__(self, node: NodeMemory, lane: Lane, number: int) -> None:
+        self._node = node
+        self._lane = lane
+        self._number = number
+
+    def done(self) -> bool:
+        return self._node.have_arrived(self._lane, self._number)
+
+    def wait(self) -> None:
+        self._node.await_others(self._lane, self._number)
+
+
+class NodeMemory:
+    """Shared memory and fast agreement between the ranks of one node.
+
+    Args:
+        exchange: the communicator's exchange of Python objects between all its ranks, for setting up.
+        ranks: the ranks of this node, ascending.
+        rank: this process's rank.
+        is_gone: asked now and then about the rank that is waited for. Processes have a watchdog instead.
+    """
+
+    def __init__(
+        self, exchange: Exchange, ranks: tuple[int, ...], rank: int, is_gone: Callable[[int], bool] | None = None
+    ) -> None:
+        self._is_gone = is_gone
+        self._exchange = exchange
+        self._ranks = ranks
+        self._rank = rank
+        self.local_rank = ranks.index(rank)
+        self.local_size = len(ranks)
+        self._numbers = [0] * len(Lane)  # of the last meeting of each lane
+        self._fence = threading.Lock()
+        self._flags: list[list[Words]] = []  # by local rank and lane
+        self._slots: list[tuple[Words, Words]] = []
+
+    def allocate(self, nbytes: int) -> SharedBlock | None:
+        """Make a block with ``nbytes`` per rank, zeroed; None on all ranks if any rank cannot. Collective."""
+        segment = -(-max(nbytes, 1) // _PAGE) * _PAGE
+        leader = self.local_rank == 0
+        file = _make_file(segment * self.local_size) if leader else None
+        offers = self._exchange((os.getpid(), file), "set-up of shared memory")
+        process, number = offers[self._ranks[0]]
+        memory = None
+        if number is not None:
+            memory = _open_file(f"/proc/{process}/fd/{number}", file, segment, self.local_size, self.local_rank)
+        succeeded = self._exchange(memory is not None, "set-up of shared memory")
+        if file is not None:
+            os.close(file)
+        if memory is None or not all(succeeded):
+            return None
+        return SharedBlock(memory, segment, self.local_size)
+
+    def open_flags(self, words: int) -> bool:
+        """Make the memory for meetings and exchanges of up to ``words`` integers; False without it. Collective."""
+        first = len(Lane) * _LINE
+        block = self.allocate((first + 2 * words) * 8)
+        if block is None:
+            return False
+        segments = [segment.numpy().view(np.int64) for segment in block.segments]
+        self._flags = [[segment[lane * _LINE : lane * _LINE + 1] for lane in Lane] for segment in segments]
+        self._slots = [(s[first : first + words], s[first + words : first + 2 * words]) for s in segments]
+        return True
+
+    def arrive(self, lane: Lane) -> Meeting:
+        """Tell the others that this rank has come to the next meeting of ``lane``."""
+        self._numbers[lane] += 1
+        self._full_fence()
+        self._flags[self.local_rank][lane][0] = self._numbers[lane]
+        return Meeting(self, lane, self._numbers[lane])
+
+    def exchange_words(self, words: Words) -> Words:
+        """Return the integers of all ranks of the node, ranks x words."""
+        # Two slots in turn: a rank that is one exchange ahead must not overwrite what a slow one still reads.
+        parity = self._numbers[Lane.EXCHANGE] & 1
+        self._slots[self.local_rank][parity][: words.size] = words
+        self.arrive(Lane.EXCHANGE).wait()
+        return np.stack([slots[parity][: words.size] for slots in self._slots])
+
+    def have_arrived(self, lane: Lane, number: int) -> bool:
+        """True once all ranks have come to a meeting."""
+        if any(flags[lane][0] < number for flags in self._flags):
+            return False
+        self._full_fence()
+        return True
+
+    def await_others(self, lane: Lane, number: int) -> None:
+        """Block until all ranks have come to a meeting."""
+        for local_rank, flags in enumerate(self._flags):
+            flag = flags[lane]
+            spins = 0
+            while flag[0] < number:
+                spins += 1
+                if spins < _SPINS:
+                    os.sched_yield()
+                else:
+                    time.sleep(_NAP)
+                    gone = self._is_gone is not None and self._is_gone(self._ranks[local_rank])
+                    if gone and flag[0] < number:  # read after the question: what it has raised before it left counts
+                        raise RankFailedError(f"rank {self._rank} waits for rank {self._ranks[local_rank]}, which left")
+        self._full_fence()
+
+    def _full_fence(self) -> None:
+        # Releasing and then acquiring a lock is a full barrier on the weakly ordered processors as well.
+        with self._fence:
+            pass
+        with self._fence:
+            pass
+
+
+def _make_file(nbytes: int) -> int | None:
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        file = os.memfd_create("heatopt", os.MFD_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        os.truncate(file, nbytes)
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _open_file(path: str, own: int | None, segment: int, ranks: int, local_rank: int) -> mmap.mmap | None:
+    file = own
+    try:
+        if file is None:
+            file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        # Reserving is what can fail for lack of memory, and not later as a bus error; each rank reserves its own
+        # segment, so that on a machine with several memory nodes it is near to the rank.
+        os.posix_fallocate(file, local_rank * segment, segment)
+        return mmap.mmap(file, ranks * segment)
+    except OSError as error:
+        logger.debug("shared memory is not available: %s", error)
+        return None
+    finally:
+        if own is None and file is not None:
+            os.close(file)

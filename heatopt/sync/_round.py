@@ -1,0 +1,89 @@
+"""One reduction of an optimizer's gradients, in which all ranks take part."""
+
+from __future__ import annotations
+
+from heatopt.comm import Communicator, Work
+from heatopt.sync._coordinator import SPARSE, bucket_bit
+from heatopt.sync._plan import GradientPlan
+from heatopt.sync._settings import SyncSettings
+from heatopt.sync._sparse import average_sparse
+
+__all__ = ["Round"]
+
+
+class Round:
+    """Launches buckets, waits for them, and makes the results the gradients.
+
+    Args:
+        plan: the buckets.
+        settings: what the user chose.
+        channel: the ranks.
+        divisor: how many of them have data.
+        contributes: False if this rank has none, and takes part with zeros.
+    """
+
+    def __init__(
+        self, plan: GradientPlan, settings: SyncSettings, channel: Communicator, divisor: int, contributes: bool
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._channel = channel
+        self._divisor = divisor
+        self._contributes = contributes
+        self._works: dict[int, Work[None]] = {}  # by bucket number, in the order of the launches
+
+    def launch(self, number: int) -> None:
+        """Reduce a bucket before backward goes on, or start to."""
+        self._launch(number, self._blocking(number))
+
+    def launch_rest(self, mask: int, first: int) -> None:
+        """Reduce, or start to, the buckets from ``first`` that ``mask`` names."""
+        one_node = self._channel.num_nodes == 1
+        for number in range(first, len(self._plan.buckets)):
+            if mask & bucket_bit(number):
+                # In shared memory ranks need to meet only once if all has been announced before they wait.
+                together = one_node and self._plan.memories[number].shared
+                self._launch(number, self._blocking(number) and not together)
+
+    def progress(self) -> None:
+        """Advance what has been launched: between nodes nothing moves without calls."""
+        if self._works:
+            self._channel.progress()
+
+    def complete(self, mask: int) -> None:
+        """Wait for the launched buckets, then average the sparse gradients if ``mask`` names them."""
+        for number, work in self._works.items():
+            work.wait()
+            self._reveal(number)
+        self._works.clear()
+        sparse = self._plan.sparse
+        if not sparse or not mask & SPARSE:
+            return
+        parameters = [self._plan.parameters[index] for index in sparse]
+        self._plan.sparse_changed = False
+        means = average_sparse(self._channel, parameters, self._divisor, self._contributes)
+        if self._contributes:
+            for index, parameter, mean in zip(list(sparse), parameters, means, strict=True):
+                parameter.grad = sparse[index] = mean
+
+    def _blocking(self, number: int) -> bool:
+        return self._settings.blocking_on(self._plan.buckets[number].plan.device)
+
+    def _launch(self, number: int, blocking: bool) -> None:
+        bucket = self._plan.buckets[number]
+        if self._contributes:
+            bucket.pack()
+        else:
+            bucket.pack_nothing()
+        bucket.changed = False
+        options = self._settings.reduction(blocking, self._divisor)
+        what = f"the reduction for {self._settings.algorithm} of {self._plan.descriptions[number]}"
+        work = self._channel.reduce_bucket(self._plan.memories[number], options, what)
+        if work is None:
+            self._reveal(number)
+        else:
+            self._works[number] = work
+
+    def _reveal(self, number: int) -> None:
+        if self._contributes:
+            self._plan.buckets[number].reveal()

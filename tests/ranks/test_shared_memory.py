@@ -1,0 +1,145 @@
+"""Reductions in memory that the ranks of a node share: exact sums in rank order, whatever the topology."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import pytest
+import torch
+
+import heatopt
+from heatopt.comm import ReduceOptions, ThreadWorld
+
+SIZES = (1, 5, 1023, 1024, 4099, 200_003)
+
+
+def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * rank + numel)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(numel, generator=generator, dtype=wide).to(dtype)
+
+
+def in_rank_order(parts: list[torch.Tensor], divisor: int) -> torch.Tensor:
+    """The slow, obvious sum: at least in single precision, rounded once."""
+    half = parts[0].dtype in (torch.float16, torch.bfloat16)
+    total = parts[0].float() if half else parts[0].clone()
+    for part in parts[1:]:
+        total = total + part
+    if total.is_complex():
+        return torch.view_as_complex(torch.view_as_real(total) / divisor)
+    return (total / divisor).to(parts[0].dtype)
+
+
+def reduce_all(comm, dtype, options):
+    memories = [comm.allocate(numel, dtype, torch.device("cpu")) for numel in SIZES]
+    for memory, numel in zip(memories, SIZES, strict=True):
+        memory.own.copy_(values(comm.rank, numel, dtype))
+    works = [comm.reduce_bucket(memory, options, "a test") for memory in memories]
+    for work in works:
+        if work is not None:
+            work.wait()
+    return memories
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_one_node_sums_in_rank_order(ranks, dtype, blocking):
+    def body(comm):
+        memories = reduce_all(comm.duplicate(), dtype, ReduceOptions(comm.size, blocking))
+        for memory, numel in zip(memories, SIZES, strict=True):
+            expected = in_rank_order([values(rank, numel, dtype) for rank in range(comm.size)], comm.size)
+            assert torch.equal(memory.own, expected)
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_threads_in_shared_memory_sum_in_rank_order(size, dtype):
+    def body(comm):
+        memories = reduce_all(comm, dtype, ReduceOptions(comm.size, True))
+        assert all(memory.shared and len(memory.segments) == size for memory in memories)
+        return [memory.own.clone() for memory in memories]
+
+    for found in ThreadWorld(size, shared_memory=True).run(body):
+        for tensor, numel in zip(found, SIZES, strict=True):
+            assert torch.equal(tensor, in_rank_order([values(rank, numel, dtype) for rank in range(size)], size))
+
+
+@pytest.mark.parametrize(("size", "per_node"), [(2, 1), (3, 2), (4, 2), (4, 3), (5, 2)])
+def test_nodes_sum_their_own_first(size, per_node):
+    def body(comm):
+        memories = reduce_all(comm, torch.float32, ReduceOptions(size, True))
+        return [memory.own.clone() for memory in memories]
+
+    nodes = [range(first, min(first + per_node, size)) for first in range(0, size, per_node)]
+    for found in ThreadWorld(size, ranks_per_node=per_node, shared_memory=True).run(body):
+        for tensor, numel in zip(found, SIZES, strict=True):
+            sums = [in_rank_order([values(rank, numel, torch.float32) for rank in node], 1) for node in nodes]
+            assert torch.equal(tensor, in_rank_order(sums, size))
+
+
+@pytest.mark.parametrize("per_node", [1, 2, 3, 4])
+def test_reproducible_does_not_depend_on_the_placement(per_node):
+    def body(comm):
+        memories = reduce_all(comm, torch.float32, ReduceOptions(4, True, reproducible=True))
+        return [memory.own.clone() for memory in memories]
+
+    for found in ThreadWorld(4, ranks_per_node=per_node, shared_memory=True).run(body):
+        for tensor, numel in zip(found, SIZES, strict=True):
+            assert torch.equal(tensor, in_rank_order([values(rank, numel, torch.float32) for rank in range(4)], 4))
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16])
+def test_wire_dtype_rounds_between_nodes_only(wire):
+    def body(comm):
+        memories = reduce_all(comm, torch.float32, ReduceOptions(1, True, wire_dtype=wire))
+        return [memory.own.clone() for memory in memories]
+
+    worlds = [ThreadWorld(4, ranks_per_node=2, shared_memory=True), ThreadWorld(4, shared_memory=True)]
+    across, within = (world.run(body) for world in worlds)
+    for tensor, alone, numel in zip(across[0], within[0], SIZES, strict=True):
+        parts = [values(rank, numel, torch.float32) for rank in range(4)]
+        sums = [parts[0] + parts[1], parts[2] + parts[3]]
+        assert torch.equal(tensor, sum(s.to(wire).float() for s in sums).to(wire).float())
+        assert torch.equal(alone, in_rank_order(parts, 1))
+    assert all(torch.equal(a, b) for found in across for a, b in zip(found, across[0], strict=True))
+
+
+def test_memory_is_freed_with_the_optimizer(ranks):
+    """Nothing has to be closed: the mapping goes with the last tensor in it."""
+
+    def mappings() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum("memfd:heatopt" in line for line in maps)
+
+    def body(comm):
+        if not comm.can_share_memory or comm.size == 1:
+            return
+        model = torch.nn.Linear(300, 300)
+        gc.collect()
+        before = mappings()
+        optimizer = heatopt.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), comm=comm)
+        model(torch.ones(2, 300)).sum().backward()
+        during = mappings()
+        optimizer.zero_grad()
+        del optimizer
+        gc.collect()
+        comm.barrier()
+        assert during > before
+        assert mappings() <= before + 1  # what stays are the coordinator's flags
+        assert not [name for name in os.listdir("/dev/shm") if "heatopt" in name]
+
+    ranks(body)
+
+
+def test_a_rank_that_fails_releases_the_others():
+    def body(comm):
+        memory = comm.allocate(100, torch.float32, torch.device("cpu"))
+        if comm.rank == 1:
+            raise ValueError("the cause")
+        comm.reduce_bucket(memory, ReduceOptions(2, True), "a test")
+
+    with pytest.raises(ValueError, match="the cause"):
+        ThreadWorld(2, shared_memory=True).run(body)
