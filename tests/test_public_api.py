@@ -43,9 +43,11 @@ OWN_NAMES = {
     "world",
 }
 COMM_NAMES = {
+    "BucketMemory",
     "Communicator",
     "MPICommunicator",
     "NodeGroups",
+    "ReduceOptions",
     "SingleCommunicator",
     "ThreadCommunicator",
     "ThreadWorld",
@@ -304,7 +306,7 @@ def plain() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
 
 
-@pytest.mark.parametrize("keyword", ["buckets", "shard", "wire_dtype"])
+@pytest.mark.parametrize("keyword", ["buckets", "shard", "fused"])
 def test_unknown_keyword(plain: torch.optim.Optimizer, keyword: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
         heatopt.DataParallelOptimizer(plain, **{keyword: None})  # type: ignore[arg-type]
@@ -321,13 +323,17 @@ def test_only_two_arguments_by_position(plain: torch.optim.Optimizer) -> None:
         ({"blocking": 1}, TypeError, "blocking must be True, False or None, got 1"),
         ({"model": "net"}, TypeError, r"model must be a torch\.nn\.Module or None, got str"),
         ({"comm": "world"}, TypeError, r"comm must be a heatopt\.comm\.Communicator or None, got str"),
-        ({"bucket_mb": "8"}, TypeError, "bucket_mb must be a number of MiB, got '8'"),
-        ({"bucket_mb": True}, TypeError, "bucket_mb must be a number of MiB, got True"),
+        ({"bucket_mb": "8"}, TypeError, "bucket_mb must be a number of MiB or None, got '8'"),
+        ({"bucket_mb": True}, TypeError, "bucket_mb must be a number of MiB or None, got True"),
         ({"bucket_mb": 0}, ValueError, "bucket_mb must be a positive, finite number of MiB, got 0"),
         ({"bucket_mb": float("nan")}, ValueError, "bucket_mb must be a positive, finite number of MiB, got nan"),
         ({"bucket_mb": float("inf")}, ValueError, "bucket_mb must be a positive, finite number of MiB, got inf"),
         ({"accumulation_steps": 2.0}, TypeError, r"accumulation_steps must be an integer >= 1, got 2\.0"),
         ({"accumulation_steps": 0}, ValueError, "accumulation_steps must be an integer >= 1, got 0"),
+        ({"wire_dtype": "bf16"}, TypeError, r"wire_dtype must be torch\.bfloat16, torch\.float16 or None, got 'bf16'"),
+        ({"wire_dtype": torch.float32}, ValueError, r"wire_dtype must be .* or None, got torch\.float32"),
+        ({"reproducible": 1}, TypeError, "reproducible must be True or False, got 1"),
+        ({"wire_dtype": torch.bfloat16, "reproducible": True}, ValueError, "wire_dtype rounds .* choose one of them"),
         ({"timeout": "1"}, TypeError, "timeout must be a number of seconds, got '1'"),
         ({"timeout": -1}, ValueError, "timeout must be >= 0 seconds .*, got -1"),
     ],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
 __all__ = ["Bucket"]
+
+# Below this, moving many gradients at once is cheaper than a call for each.
+_ADOPT_BYTES = 256 * 1024
+
+_use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
 class Bucket:
@@ -32,7 +36,9 @@ class Bucket:
         self._present: list[bool] = [False] * len(plan.slots)
         self._shown: list[bool] = [False] * len(plan.slots)  # the last reduction left a gradient
         self._versions: list[int] | None = None  # of the views, when an update had consumed them
-        self._references = [self._count_references(position) for position in range(len(plan.slots))]
+        self._adoptable = [slot.numel * plan.dtype.itemsize >= _ADOPT_BYTES for slot in plan.slots]
+        self._references = list(map(self._count_references, range(len(plan.slots))))
+        self._uses = [1] * len(plan.slots)  # Python's references together count as one
         self._storage_users = self._count_storage_users()
         self.changed = False
         """True if a gradient here has got a contribution that no reduction has seen."""
@@ -50,6 +56,11 @@ class Bucket:
         offset = self.memory.storage_offset() + slot.offset
         return self.memory.new_empty(0).set_(self.memory.untyped_storage(), offset, parameter.shape, strides)
 
+    def fits(self, gradient: torch.Tensor) -> bool:
+        """True if ``gradient`` can live here: it is neither sparse nor of a model that has been converted since."""
+        plan = self.plan
+        return gradient.dtype is plan.dtype and gradient.layout is torch.strided and gradient.device == plan.device
+
     def _count_references(self, position: int) -> int:
         return sys.getrefcount(self._views[position])
 
@@ -60,51 +71,73 @@ class Bucket:
         """True if somebody keeps a gradient of an earlier step, which the next contents would overwrite."""
         if self._count_storage_users() != self._storage_users:
             return True
-        for position, parameter in enumerate(self.parameters):
-            shown = parameter.grad is self._views[position]
-            # 1 for Python's references together, 1 for the parameter; more if a graph has saved the gradient.
-            view: Any = self._views[position]
-            used = view._use_count() > 1 + shown
-            del view  # a reference as well
-            if used:
-                return True
-            if not shown and self._count_references(position) > self._references[position]:
-                return True
-        return False
+        references = list(map(self._count_references, range(len(self._views))))
+        uses = list(map(_use_count, self._views))
+        if references == self._references and uses == self._uses:
+            return False  # nobody at all
+        return any(map(self._is_slot_aliased, range(len(uses)), references, uses))
+
+    def _is_slot_aliased(self, position: int, references: int, uses: int) -> bool:
+        shown = self.parameters[position].grad is self._views[position]
+        # A parameter that has the view counts once; more if a graph has saved it.
+        return uses > 1 + shown or (not shown and references > self._references[position])
+
+    def adopt(self, position: int, gradient: torch.Tensor) -> None:
+        """Move a large gradient into the memory while it is in cache, and free what autograd made for it.
+
+        The gradient stays what it was, for hooks that run later. Small ones wait for :meth:`pack`, which takes many at
+        once.
+        """
+        if not self._adoptable[position] or gradient is self._views[position] or gradient.requires_grad:
+            return
+        self._view(position)
+        if self._count_storage_users() != self._storage_users or self._is_slot_aliased(
+            position, self._count_references(position), _use_count(self._views[position])
+        ):
+            return
+        view = self._views[position]
+        view.copy_(gradient)
+        self.parameters[position].grad = view
+        self.changed = True
 
     def consume(self) -> None:
         """An update has used the gradients: what is written into them from now on is new."""
         self._versions = [view._version for view in self._views]
 
-    def pack(self) -> None:
+    def pack(self, detach: bool) -> None:
         """Move all gradients into the memory, zeros where there is none, and set the flags.
 
         A gradient that cannot live here (sparse, or of another dtype) is left alone and counts as absent.
+
+        Args:
+            detach: the parameters have no gradients until :meth:`reveal`: backward goes on, and nothing may accumulate
+                into memory that is on the wire.
         """
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
+        present = self._present
         for position, parameter in enumerate(self.parameters):
             gradient = parameter.grad
-            if (
-                gradient is None
-                or gradient.layout is not torch.strided
-                or gradient_dtype(parameter) is not self.plan.dtype
-            ):
-                self._present[position] = False
+            if gradient is None or not self.fits(gradient):
+                present[position] = False
                 self._view(position).zero_()
                 continue
-            self._present[position] = True
-            if gradient.data_ptr() != self._addresses[position] or gradient is not self._views[position]:
-                targets.append(self._view(position))
-                sources.append(gradient.detach())
-            # Nothing may accumulate into memory that is on the wire; reveal() gives the gradient back.
-            parameter.grad = None
+            present[position] = True
+            view = self._views[position]
+            if gradient is not view or view.data_ptr() != self._addresses[position]:
+                view = self._view(position)
+                targets.append(view)
+                sources.append(gradient.detach() if gradient.requires_grad else gradient)
+                if not detach:
+                    parameter.grad = view
+            if detach:
+                parameter.grad = None
         if targets:
             torch._foreach_copy_(targets, sources)
-        if all(self._present):
+        if all(present):
             self._flags.fill_(1)
         else:
-            self._flags.copy_(torch.tensor(self._present))
+            self._flags.copy_(torch.tensor(present))
 
     def _view(self, position: int) -> torch.Tensor:
         view = self._views[position]
@@ -123,18 +156,17 @@ class Bucket:
 
         What backward delivered since :meth:`pack` is added, as a further local contribution.
         """
-        flags: list[bool] | None = None
+        flags = self._present if all(self._present) else (self._flags != 0).tolist()
         self._versions = None
         for position, parameter in enumerate(self.parameters):
-            present = self._present[position]
-            if not present:
-                if flags is None:
-                    flags = (self._flags != 0).tolist()
-                present = flags[position]
-            fits = gradient_dtype(parameter) is self.plan.dtype  # else the model was converted: a new plan follows
-            final = self._view(position) if present and fits else None
-            self._shown[position] = final is not None
             late = parameter.grad
+            view = self._views[position]
+            if late is view and flags[position]:  # it was not detached
+                self._shown[position] = True
+                continue
+            # Of another dtype: the model was converted, and a new plan follows.
+            final = self._view(position) if flags[position] and gradient_dtype(parameter) is self.plan.dtype else None
+            self._shown[position] = final is not None
             if late is not None and final is not None:
                 final.add_(late.detach())
             if late is None or final is not None:

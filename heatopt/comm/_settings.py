@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 import os
 
-__all__ = ["DEFAULT_TIMEOUT", "check_timeout", "default_timeout", "ranks_per_node", "shared_memory_wanted"]
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "check_timeout",
+    "default_timeout",
+    "mpi_defaults_wanted",
+    "ranks_per_node",
+    "shared_memory_wanted",
+]
 
 DEFAULT_TIMEOUT = 600.0
 
@@ -55,7 +62,16 @@ def ranks_per_node() -> int | None:
 
 def shared_memory_wanted() -> bool:
     """False if ``HEATOPT_SHARED_MEMORY=0`` sends gradients through MPI or gloo within a node too."""
-    text = os.environ.get("HEATOPT_SHARED_MEMORY", "1")
+    return _switch("HEATOPT_SHARED_MEMORY")
+
+
+def mpi_defaults_wanted() -> bool:
+    """False if ``HEATOPT_MPI_DEFAULTS=0`` leaves the settings of Open MPI as they are."""
+    return _switch("HEATOPT_MPI_DEFAULTS")
+
+
+def _switch(name: str) -> bool:
+    text = os.environ.get(name, "").strip() or "1"
     if text not in ("0", "1"):
-        raise ValueError(f"environment variable HEATOPT_SHARED_MEMORY must be 0 or 1, got {text!r}")
+        raise ValueError(f"environment variable {name} must be 0 or 1, got {text!r}")
     return text == "1"

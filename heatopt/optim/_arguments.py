@@ -19,10 +19,13 @@ _MODULES_WITH_SPARSE_WEIGHT = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 def check_arguments(
     optimizer: object,
     blocking: object,
+    *,
     model: object,
     comm: object,
     bucket_mb: object,
     accumulation_steps: object,
+    wire_dtype: object,
+    reproducible: object,
     timeout: object,
 ) -> SyncSettings:
     """Return the settings.
@@ -47,22 +50,47 @@ def check_arguments(
                 raise ValueError(f"parameter {name!r} is not initialised (a lazy module's); run one forward pass first")
     if comm is not None and not isinstance(comm, Communicator):
         raise TypeError(f"comm must be a heatopt.comm.Communicator or None, got {type(comm).__name__}")
-    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)):
-        raise TypeError(f"bucket_mb must be a number of MiB, got {bucket_mb!r}")
-    if not bucket_mb > 0 or math.isinf(bucket_mb):
-        raise ValueError(f"bucket_mb must be a positive, finite number of MiB, got {bucket_mb!r}")
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
         raise TypeError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
     return SyncSettings(
         algorithm=type(optimizer).__name__,
-        bucket_mb=float(bucket_mb),
+        bucket_mb=_check_bucket_mb(bucket_mb),
         accumulation_steps=accumulation_steps,
         blocking=blocking,
+        wire_dtype=_check_wire_dtype(wire_dtype, reproducible),
+        reproducible=bool(reproducible),
         timeout=None if timeout is None else check_timeout(timeout),
         sparse=_sparse_parameters(optimizer, model),
     )
+
+
+def _check_bucket_mb(bucket_mb: object) -> float | None:
+    if bucket_mb is None:
+        return None
+    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)):
+        raise TypeError(f"bucket_mb must be a number of MiB or None, got {bucket_mb!r}")
+    if not bucket_mb > 0 or math.isinf(bucket_mb):
+        raise ValueError(f"bucket_mb must be a positive, finite number of MiB, got {bucket_mb!r}")
+    return float(bucket_mb)
+
+
+def _check_wire_dtype(wire_dtype: object, reproducible: object) -> torch.dtype | None:
+    if not isinstance(reproducible, bool):
+        raise TypeError(f"reproducible must be True or False, got {reproducible!r}")
+    if wire_dtype is None:
+        return None
+    if not isinstance(wire_dtype, torch.dtype):
+        raise TypeError(f"wire_dtype must be torch.bfloat16, torch.float16 or None, got {wire_dtype!r}")
+    if wire_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"wire_dtype must be torch.bfloat16, torch.float16 or None, got {wire_dtype}")
+    if reproducible:
+        raise ValueError(
+            "wire_dtype rounds what crosses the network, so the result depends on which ranks share a node; "
+            "reproducible=True promises that it does not: choose one of them"
+        )
+    return wire_dtype
 
 
 def _sparse_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> tuple[int, ...]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from heatopt.comm import Communicator, world
-from heatopt.errors import RankMismatchError
 from heatopt.optim._arguments import check_arguments, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
+from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.sync import (
     Call,
     Gradients,
@@ -26,14 +24,12 @@ from heatopt.sync import (
     broadcast_state,
     broadcast_tensors,
     outside_graphs,
+    start_equal,
 )
 
 __all__ = ["DataParallelOptimizer"]
 
 Closure = Callable[[], Any]
-
-# Wrapper of each parameter, so that no gradient is averaged by two of them.
-_owners: Any = WeakIdKeyDictionary()
 
 
 class DataParallelOptimizer(torch.optim.Optimizer):
@@ -55,13 +51,19 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
         blocking: reduce each bucket of gradients before backward goes on (True), or while it goes on (False). The
-            results are bit-identical. Default (None): True for CPU tensors, False for CUDA tensors.
+            results are bit-identical. Default (None): whichever the first steps show to be faster; see :meth:`report`.
         model: the module that the parameters belong to: gives names for messages, broadcasts its buffers and its other
             parameters too, and tells which embeddings have sparse gradients.
         comm: the ranks; default :func:`heatopt.world`. Optimizers that are used together belong on one communicator.
-        bucket_mb: size of a bucket, in MiB. The results do not depend on it.
+        bucket_mb: size of a bucket, in MiB. The results do not depend on it. Default (None): as for ``blocking``.
         accumulation_steps: only every so many-th backward synchronises; the gradients of the ones between add up
             locally, as in plain torch, so divide the loss accordingly. ``step()`` belongs after the last of them.
+        wire_dtype: ``torch.bfloat16`` or ``torch.float16``: wider gradients are rounded to it where they cross the
+            network, not within a node. Each node's sum is rounded once, the nodes' sums are added in single precision,
+            and the result is rounded once more: with terms of one sign the relative error is at most 2 u, where
+            u = 2^-8 for bfloat16 and 2^-11 for float16 (which overflows above 65504).
+        reproducible: sum in rank order across nodes too, so that the result does not depend on which ranks share a
+            node. Costs the hierarchy: every rank then exchanges all its gradients with every other one.
         timeout: seconds after which a waiting rank gives up and names those that are late; 0: never.
             Default: ``HEATOPT_TIMEOUT`` or 600.
 
@@ -84,18 +86,30 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         *,
         model: torch.nn.Module | None = None,
         comm: Communicator | None = None,
-        bucket_mb: float = 8.0,
+        bucket_mb: float | None = None,
         accumulation_steps: int = 1,
+        wire_dtype: torch.dtype | None = None,
+        reproducible: bool = False,
         timeout: float | None = None,
     ) -> None:
-        settings = check_arguments(torch_optimizer, blocking, model, comm, bucket_mb, accumulation_steps, timeout)
+        settings = check_arguments(
+            torch_optimizer,
+            blocking,
+            model=model,
+            comm=comm,
+            bucket_mb=bucket_mb,
+            accumulation_steps=accumulation_steps,
+            wire_dtype=wire_dtype,
+            reproducible=reproducible,
+            timeout=timeout,
+        )
         if isinstance(torch_optimizer, DataParallelOptimizer):
             raise ValueError("torch_optimizer is a DataParallelOptimizer already; use it as it is")
         names = parameter_names(model)
-        self._refuse_owned([p for group in torch_optimizer.param_groups for p in group["params"]], names)
+        refuse_owned([p for group in torch_optimizer.param_groups for p in group["params"]], names)
         self._assemble(torch_optimizer, world() if comm is None else comm, names, settings)
         self._gradients.attach()
-        self._start_equal(model)
+        start_equal(self._comm, torch_optimizer, model)
 
     def _assemble(
         self,
@@ -118,38 +132,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         if comm.size > 1:
             self._gradients = GradientSync(comm, lambda: torch_optimizer.param_groups, names, settings)
         super().__setstate__({})  # hooks' dictionaries and torch's profiling
-        own = weakref.ref(self)
-        for parameter in self._parameters():
-            _owners[parameter] = own
-
-    def _start_equal(self, model: torch.nn.Module | None) -> None:
-        """Give every rank rank 0's parameters, buffers and optimizer state."""
-        if self._comm.size == 1:
-            return
-        tensors = self._parameters()
-        if model is not None:
-            known = {id(tensor) for tensor in tensors}
-            tensors += [p for p in model.parameters() if id(p) not in known]
-            tensors += list(model.buffers())
-        broadcast_tensors(self._comm, tensors, 0, "the broadcast of parameters")
-        counts = self._comm.exchange_objects(len(self.state), "comparison of optimizer states")
-        for rank, count in enumerate(counts):
-            if count != counts[0]:
-                raise RankMismatchError(
-                    f"optimizer state: rank 0 has it for {counts[0]} parameters, rank {rank} for {count}; load it on "
-                    "all ranks before the construction, or on rank 0 after it and call broadcast_optimizer_state"
-                )
-        if counts[0]:
-            broadcast_state(self._comm, self.torch_optimizer, 0)
-
-    def _refuse_owned(self, parameters: list[torch.Tensor], names: dict[int, str]) -> None:
-        for position, parameter in enumerate(parameters):
-            owner = _owners.get(parameter)
-            if owner is not None and owner() not in (None, self):
-                raise ValueError(
-                    f"parameter {names.get(id(parameter), position)!r} belongs to another DataParallelOptimizer; "
-                    "delete that one first, or give each optimizer parameters of its own"
-                )
+        claim(self._parameters(), self)
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -291,6 +274,23 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self._gradients.settle(Call.CLIP)
         return clip_gradients(self._parameters(), float(max_norm), float(norm_type), error_if_nonfinite)
 
+    def report(self) -> dict[str, Any]:
+        """What was chosen for this run, for logs. Local.
+
+        Returns:
+            ``algorithm``, ``ranks``, ``nodes``; and with several ranks ``shared_memory`` (gradients meet in the memory
+            of the node), ``blocking`` (of CPU tensors), ``bucket_mb`` (MiB), ``buckets`` (their number),
+            ``bucket_bytes`` (memory of all of them on this rank), ``tuned`` (False while the first steps still try
+            out what was left to them) and ``trials`` (median seconds of a step of the slowest rank with each
+            candidate).
+        """
+        return {
+            "algorithm": self._settings.algorithm,
+            "ranks": self._comm.size,
+            "nodes": self._comm.num_nodes,
+            **self._gradients.report(),
+        }
+
     def states_are_equal(self) -> None:
         """The ranks' states have just been made equal, whatever each of them had loaded."""
         self._gradients.loads = 0
@@ -314,14 +314,12 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             param_group = {**param_group, "params": members}
         if members is not None:
             listed = [members] if isinstance(members, torch.Tensor) else list(members)
-            self._refuse_owned([m[1] if isinstance(m, tuple) else m for m in listed], self._names)
+            refuse_owned([m[1] if isinstance(m, tuple) else m for m in listed], self._names, self)
         self.torch_optimizer.add_param_group(param_group)
         if isinstance(self.torch_optimizer, torch.optim.SGD):
             route_around_fused_sgd(self.param_groups[-1])
-        own = weakref.ref(self)
         added = self._parameters()[count:]
-        for parameter in added:
-            _owners[parameter] = own
+        claim(added, self)
         self._gradients.extend()
         broadcast_tensors(self._comm, added, 0, "the broadcast of added parameters")
 

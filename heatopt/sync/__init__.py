@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heatopt.sync._broadcast import average_tensors, broadcast_state, broadcast_tensors
+from heatopt.sync._broadcast import average_tensors, broadcast_state, broadcast_tensors, start_equal
 from heatopt.sync._coordinator import Call, Row
 from heatopt.sync._gradients import GradientSync
 from heatopt.sync._graphs import outside_graphs
@@ -20,4 +20,5 @@ __all__ = [
     "broadcast_state",
     "broadcast_tensors",
     "outside_graphs",
+    "start_equal",
 ]

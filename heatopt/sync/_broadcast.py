@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator
+from heatopt.errors import RankMismatchError
 
-__all__ = ["average_tensors", "broadcast_state", "broadcast_tensors"]
+__all__ = ["average_tensors", "broadcast_state", "broadcast_tensors", "start_equal"]
 
 # Many small tensors travel together, up to this many bytes.
 _CHUNK_BYTES = 16 * 2**20
@@ -152,3 +153,24 @@ def _fill(present: Any, wanted: Any, parameter: torch.Tensor, tensors: list[torc
         old_items += [None] * (len(wanted) - len(old_items))
         return type(wanted)(_fill(o, w, parameter, tensors) for o, w in zip(old_items, wanted, strict=False))
     return wanted
+
+
+def start_equal(comm: Communicator, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
+    """Give every rank rank 0's parameters, the buffers of ``model`` and the optimizer's state. Collective."""
+    if comm.size == 1:
+        return
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    if model is not None:
+        known = {id(tensor) for tensor in tensors}
+        tensors += [p for p in model.parameters() if id(p) not in known]
+        tensors += list(model.buffers())
+    broadcast_tensors(comm, tensors, 0, "the broadcast of parameters")
+    counts = comm.exchange_objects(len(optimizer.state), "comparison of optimizer states")
+    for rank, count in enumerate(counts):
+        if count != counts[0]:
+            raise RankMismatchError(
+                f"optimizer state: rank 0 has it for {counts[0]} parameters, rank {rank} for {count}; load it on "
+                "all ranks before the construction, or on rank 0 after it and call broadcast_optimizer_state"
+            )
+    if counts[0]:
+        broadcast_state(comm, optimizer, 0)

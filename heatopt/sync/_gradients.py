@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ from heatopt.sync._coordinator import (
     coordinator_of,
 )
 from heatopt.sync._fingerprint import Fingerprint, numeric_options, options_hash
-from heatopt.sync._graphs import never_compiled, outside_graphs
+from heatopt.sync._graphs import outside_graphs
+from heatopt.sync._hooks import hook_gradient, remove_hooks
 from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._round import Round
 from heatopt.sync._settings import SyncSettings
+from heatopt.sync._tuning import DEFAULT, Choice, Tuner, candidates
 
 __all__ = ["GradientSync"]
 
@@ -80,17 +83,19 @@ class GradientSync(Gradients):
         self._next_launch = 0
         self._full = False  # the next bucket to launch has got all its gradients
         self._round: Round | None = None  # the open one, if it is this object's to run
+        self._tuner = Tuner([Choice(settings.blocking is not False, settings.bucket_mb or DEFAULT.bucket_mb)])
+        self._last_step: float | None = None  # when the last one began
         self._backward_alive: Callable[[], object | None] = lambda: None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._hooked = 0  # parameters that have their hook, from the first
         self._hook_new_parameters()
-        weakref.finalize(self, _remove_all, self._handles)
+        weakref.finalize(self, remove_hooks, self._handles)
 
     def _hook_new_parameters(self) -> None:
         reference = weakref.ref(self)
         for index, parameter in enumerate(self._plan.parameters[self._hooked :], self._hooked):
             if parameter.is_floating_point() or parameter.is_complex():  # others never have a gradient
-                self._handles.append(_hook(parameter, index, reference))
+                self._handles.append(hook_gradient(parameter, index, reference))
         self._hooked = len(self._plan.parameters)
 
     # What the coordinator asks
@@ -132,6 +137,8 @@ class GradientSync(Gradients):
         self._coordinator.construct(self, self._what(Call.CONSTRUCT))
         self._state = _State.IDLE
         self._lay_out(self._settings.sparse)
+        overlaps = self._comm.num_nodes > 1 or all(memory.shared for memory in self._plan.memories)
+        self._tuner = Tuner(candidates(self._settings.blocking, self._settings.bucket_mb, overlaps))
 
     def extend(self) -> None:
         self.attach()
@@ -147,9 +154,32 @@ class GradientSync(Gradients):
         self._notice_interruption()
         self._plan.require_known()
         options = options_hash([*self._groups(), {"loads": self.loads}]) if call in _WITH_OPTIONS else 0
-        rows = self._meet(call, options, payload)
+        tuning = call is Call.STEP and not self._tuner.settled
+        rows = self._meet(call, options, self._seconds_since_last_step() if tuning else payload)
+        if tuning:
+            self._tune(rows)
         self._backwards = 0
         return rows
+
+    def _seconds_since_last_step(self) -> float:
+        now = time.perf_counter()
+        seconds = 0.0 if self._last_step is None else now - self._last_step
+        self._last_step = now
+        return seconds
+
+    def _tune(self, rows: list[Row]) -> None:
+        """See [Note: Tuning]. A rank in join() does not see the others' rows, so such steps do not count."""
+        if any(row.call != Call.STEP for row in rows):
+            return
+        if (
+            self._tuner.record(max(row.payload for row in rows))
+            and self._plan.bucket_mb != self._tuner.choice.bucket_mb
+        ):
+            self._plan.bucket_mb = self._tuner.choice.bucket_mb
+            self._lay_out(())
+
+    def report(self) -> dict[str, Any]:
+        return {**self._plan.report(), **self._tuner.report()}
 
     @contextmanager
     def join(self) -> Iterator[None]:
@@ -186,7 +216,14 @@ class GradientSync(Gradients):
 
     def _begin_round(self, divisor: int) -> None:
         self._next_launch = 0
-        self._round = Round(self._plan, self._settings, self._channel(), divisor, self._contributes)
+        self._round = Round(
+            self._plan,
+            self._settings,
+            self._channel(),
+            blocking=self._tuner.choice.blocking,
+            divisor=divisor,
+            contributes=self._contributes,
+        )
 
     def _finish_round(self, mask: int) -> None:
         """Reduce what of ``mask`` has not been launched, and wait for all of it."""
@@ -199,24 +236,40 @@ class GradientSync(Gradients):
     # Backward
 
     def on_gradient(self, index: int, parameter: torch.Tensor) -> None:
-        """A parameter's gradient has been accumulated."""
-        self.attach()
-        self._notice_interruption()
-        if self._state is _State.IDLE:
-            self._begin_backward()
+        """A parameter's gradient has been accumulated. Called for each of them: every microsecond counts."""
+        if self._state is _State.IDLE or self._backward_alive() is None:
+            self._enter_backward()
         # The user's own hooks of a parameter may run after this one: a bucket is launched by the next parameter's hook.
         if self._full and self._launches_early():
             self._launch_full_buckets()
         elif self._round is not None:
             self._round.progress()
-        number = self._plan.note_gradient(index, parameter)
-        if number is None:
+        gradient = parameter.grad
+        place = self._plan.places.get(index)
+        if place is None or (gradient is not None and not self._plan.buckets[place[0]].fits(gradient)):
+            self._plan.note_elsewhere(index)
             return
-        if self._state is _State.LOCAL_BACKWARD or number < self._next_launch:
-            self._plan.buckets[number].changed = True
+        number, position = place
+        bucket = self._plan.buckets[number]
+        local = self._state is _State.LOCAL_BACKWARD
+        if number < self._next_launch and not local:
+            bucket.changed = True  # too late: the bucket is on the wire
             return
-        self._waiting_for[number].discard(index)
-        self._full |= number == self._next_launch and not self._waiting_for[number]
+        if gradient is not None:
+            bucket.adopt(position, gradient)
+        if local:
+            bucket.changed = True
+            return
+        waiting = self._waiting_for[number]
+        waiting.discard(index)
+        if not waiting and number == self._next_launch:
+            self._full = True
+
+    def _enter_backward(self) -> None:
+        self.attach()
+        self._notice_interruption()
+        if self._state is _State.IDLE:
+            self._begin_backward()
 
     def _begin_backward(self) -> None:
         synchronised = self._no_sync_depth == 0 and self._backwards + 1 >= self._settings.accumulation_steps
@@ -325,30 +378,3 @@ def _end_of_backward(reference: weakref.ref[GradientSync]) -> None:
     sync = reference()
     if sync is not None:
         sync.end_backward()
-
-
-def _hook(
-    parameter: torch.Tensor, index: int, reference: weakref.ref[GradientSync]
-) -> torch.utils.hooks.RemovableHandle:
-    @never_compiled
-    def on_gradient(tensor: torch.Tensor) -> None:
-        sync = reference()
-        if sync is not None:
-            sync.on_gradient(index, tensor)
-
-    # torch hooks only what requires a gradient, but the hook outlives freezing: so a parameter that is unfrozen
-    # later is synchronised as any other.
-    frozen = not parameter.requires_grad
-    if frozen:
-        parameter.requires_grad_(True)
-    try:
-        handle: torch.utils.hooks.RemovableHandle = parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]  # torch's decorator
-        return handle
-    finally:
-        if frozen:
-            parameter.requires_grad_(False)
-
-
-def _remove_all(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from heatopt.sync._coordinator import Call, Row
 
@@ -31,6 +32,10 @@ class Gradients(ABC):
     @abstractmethod
     def consume(self) -> None:
         """An update has used the gradients: what is written into them from now on is new."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """How gradients travel."""
 
     @abstractmethod
     def extend(self) -> None:
@@ -67,6 +72,9 @@ class LocalGradients(Gradients):
 
     def consume(self) -> None:
         pass
+
+    def report(self) -> dict[str, Any]:
+        return {}
 
     def extend(self) -> None:
         pass

@@ -13,6 +13,7 @@ from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, bucket_bit
 from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, first_difference, printable_options
 from heatopt.sync._settings import SyncSettings
+from heatopt.sync._tuning import DEFAULT
 
 __all__ = ["GradientPlan"]
 
@@ -35,12 +36,14 @@ class GradientPlan:
         self.parameters: list[torch.Tensor] = []
         self.names: list[str] = []
         self.buckets: list[Bucket] = []
+        self.bucket_mb = settings.bucket_mb or DEFAULT.bucket_mb
+        """Size of the buckets that :meth:`lay_out` makes."""
         self.memories: list[BucketMemory] = []
         """What the buckets live in."""
         self.descriptions: list[str] = []
         """Number and first names of each bucket, for messages."""
-        self.slot_of: dict[int, int] = {}
-        """Bucket number by parameter index."""
+        self.places: dict[int, tuple[int, int]] = {}
+        """Bucket number, and position in it, by parameter index."""
         self.sparse: dict[int, torch.Tensor | None] = {}
         """By index of the parameters with sparse gradients: the gradient that the last reduction left."""
         self.unplanned: set[int] = set()
@@ -88,7 +91,7 @@ class GradientPlan:
     def _manner(self, index: int) -> str:
         if index in self.sparse:
             return "sparse"
-        return "dense" if index in self.slot_of else "no"
+        return "dense" if index in self.places else "no"
 
     def lay_out(self, channel: Communicator, dense: Iterable[int], sparse: Iterable[int]) -> int:
         """Add parameters to the plan, the union over ranks, and lay out all buckets anew. Collective.
@@ -100,17 +103,17 @@ class GradientPlan:
             RankMismatchError: the ranks' parameters differ.
         """
         wishes = channel.exchange_objects((list(dense), list(sparse)), f"new plan of {self._settings.algorithm}")
-        planned = set(self.slot_of).union(*(wish[0] for wish in wishes))
+        planned = set(self.places).union(*(wish[0] for wish in wishes))
         scattered = set(self.sparse).union(*(wish[1] for wish in wishes))
         specs = [
             ParameterSpec(index, name, tuple(parameter.shape), gradient_dtype(parameter), parameter.device)
             for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True))
             if index in planned and index not in scattered
         ]
-        plans = plan_buckets(specs, self._settings.bucket_bytes)
-        self.slot_of = {slot.index: number for number, plan in enumerate(plans) for slot in plan.slots}
+        plans = plan_buckets(specs, max(int(self.bucket_mb * 2**20), 1))
+        self.places = {slot.index: (n, k) for n, plan in enumerate(plans) for k, slot in enumerate(plan.slots)}
         self.sparse = {index: self.sparse.get(index) for index in sorted(scattered)}
-        self._outside = [i for i in range(len(self.parameters)) if i not in self.slot_of and i not in self.sparse]
+        self._outside = [i for i in range(len(self.parameters)) if i not in self.places and i not in self.sparse]
         self.unplanned.clear()
         found = self.fingerprint()
         digests = channel.exchange_objects(found.digest(), "comparison of plans")
@@ -126,28 +129,26 @@ class GradientPlan:
         ]
         return found.digest()
 
+    def report(self) -> dict[str, Any]:
+        """What the buckets are."""
+        plans = [bucket.plan for bucket in self.buckets]
+        return {
+            "shared_memory": bool(plans) and all(memory.shared for memory in self.memories),
+            "buckets": len(plans),
+            "bucket_bytes": sum(plan.numel * plan.dtype.itemsize for plan in plans),
+        }
+
     def replan(self, channel: Communicator) -> int:
         """Give every unplanned gradient of any rank a place. Collective; see :meth:`lay_out`."""
         sparse = [index for index in self.unplanned if _is_sparse(self.parameters[index].grad)]
         return self.lay_out(channel, sorted(self.unplanned), sparse)
 
-    def misplaced(self, index: int, parameter: torch.Tensor) -> bool:
-        """True if the gradient does not fit the slot (any more): the model was converted, or the gradient is sparse."""
-        plan = self.buckets[self.slot_of[index]].plan
-        return (
-            gradient_dtype(parameter) is not plan.dtype or parameter.device != plan.device or _is_sparse(parameter.grad)
-        )
-
-    def note_gradient(self, index: int, parameter: torch.Tensor) -> int | None:
-        """A parameter has got a gradient; return its bucket's number, or None after noting it elsewhere."""
-        number = self.slot_of.get(index)
-        if number is not None and not self.misplaced(index, parameter):
-            return number
+    def note_elsewhere(self, index: int) -> None:
+        """A parameter has got a gradient that fits no slot: it has none, or the gradient is of another kind."""
         if index in self.sparse:
             self.sparse_changed = True
         else:
             self.unplanned.add(index)
-        return None
 
     def kept_mask(self) -> int:
         """Ask for new memory if somebody keeps gradients of an earlier step: O(parameters)."""
@@ -172,7 +173,7 @@ class GradientPlan:
             if bucket.has_foreign_gradients():
                 bucket.changed = True
                 for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True):
-                    if parameter.grad is not None and self.misplaced(slot.index, parameter):
+                    if parameter.grad is not None and not bucket.fits(parameter.grad):
                         self.unplanned.add(slot.index)
         for index, final in self.sparse.items():
             gradient = self.parameters[index].grad

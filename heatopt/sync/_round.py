@@ -18,23 +18,32 @@ class Round:
         plan: the buckets.
         settings: what the user chose.
         channel: the ranks.
+        blocking: reduce buckets of CPU tensors before backward goes on.
         divisor: how many of them have data.
         contributes: False if this rank has none, and takes part with zeros.
     """
 
     def __init__(
-        self, plan: GradientPlan, settings: SyncSettings, channel: Communicator, divisor: int, contributes: bool
+        self,
+        plan: GradientPlan,
+        settings: SyncSettings,
+        channel: Communicator,
+        *,
+        blocking: bool,
+        divisor: int,
+        contributes: bool,
     ) -> None:
         self._plan = plan
         self._settings = settings
         self._channel = channel
+        self._blocking_on_cpu = blocking
         self._divisor = divisor
         self._contributes = contributes
         self._works: dict[int, Work[None]] = {}  # by bucket number, in the order of the launches
 
     def launch(self, number: int) -> None:
         """Reduce a bucket before backward goes on, or start to."""
-        self._launch(number, self._blocking(number))
+        self._launch(number, self._blocking(number), early=True)
 
     def launch_rest(self, mask: int, first: int) -> None:
         """Reduce, or start to, the buckets from ``first`` that ``mask`` names."""
@@ -43,7 +52,7 @@ class Round:
             if mask & bucket_bit(number):
                 # In shared memory ranks need to meet only once if all has been announced before they wait.
                 together = one_node and self._plan.memories[number].shared
-                self._launch(number, self._blocking(number) and not together)
+                self._launch(number, self._blocking(number) and not together, early=False)
 
     def progress(self) -> None:
         """Advance what has been launched: between nodes nothing moves without calls."""
@@ -67,12 +76,15 @@ class Round:
                 parameter.grad = sparse[index] = mean
 
     def _blocking(self, number: int) -> bool:
-        return self._settings.blocking_on(self._plan.buckets[number].plan.device)
+        # On a GPU streams overlap by themselves, at no cost.
+        if self._settings.blocking is None and self._plan.buckets[number].plan.device.type != "cpu":
+            return False
+        return self._blocking_on_cpu
 
-    def _launch(self, number: int, blocking: bool) -> None:
+    def _launch(self, number: int, blocking: bool, *, early: bool) -> None:
         bucket = self._plan.buckets[number]
         if self._contributes:
-            bucket.pack()
+            bucket.pack(detach=early)
         else:
             bucket.pack_nothing()
         bucket.changed = False

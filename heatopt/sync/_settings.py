@@ -17,12 +17,12 @@ class SyncSettings:
 
     algorithm: str
     """Class name of the torch optimizer."""
-    bucket_mb: float
-    """Size of a bucket in MiB."""
+    bucket_mb: float | None
+    """Size of a bucket in MiB; None: to be found out."""
     accumulation_steps: int
     """Only every so many-th backward synchronises."""
     blocking: bool | None
-    """Reduce a bucket before backward goes on; None: for CPU tensors."""
+    """Reduce a bucket before backward goes on; None: to be found out."""
     timeout: float | None
     """Seconds; None: the communicator's."""
     wire_dtype: torch.dtype | None = None
@@ -31,15 +31,6 @@ class SyncSettings:
     """Sum in rank order across nodes too."""
     sparse: tuple[int, ...] = ()
     """Indices of the parameters known to get sparse gradients."""
-
-    @property
-    def bucket_bytes(self) -> int:
-        """Size of a bucket in bytes."""
-        return max(int(self.bucket_mb * 2**20), 1)
-
-    def blocking_on(self, device: torch.device) -> bool:
-        """Non-blocking MPI on a CPU is slower than blocking, since the sums need the same cores as the training."""
-        return device.type == "cpu" if self.blocking is None else self.blocking
 
     def reduction(self, blocking: bool, divisor: int) -> ReduceOptions:
         """How a bucket is reduced."""

@@ -282,7 +282,9 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], type[Exception] | tuple[type[Exception
     ({"bucket_mb": math.nan}, ValueError),
     ({"bucket_mb": "8"}, TypeError),
     ({"bucket_mb": True}, TypeError),
-    ({"bucket_mb": None}, TypeError),
+    ({"wire_dtype": "bfloat16"}, TypeError),
+    ({"wire_dtype": torch.float32}, ValueError),
+    ({"reproducible": None}, TypeError),
     ({"accumulation_steps": 0}, ValueError),
     ({"accumulation_steps": -2}, ValueError),
     ({"accumulation_steps": 2.0}, (TypeError, ValueError)),
@@ -300,7 +302,6 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], type[Exception] | tuple[type[Exception
     # What does not exist is refused, rather than accepted without effect.
     ({"nonsense": 1}, TypeError),
     ({"shard": "none"}, TypeError),
-    ({"wire_dtype": None}, TypeError),
     ({"reproducible": False}, TypeError),
     ({"on_rank_failure": "abort"}, TypeError),
 ]

@@ -52,7 +52,8 @@ GLOBALS = {
     ("heatopt.comm._launch", "_world"): "one world per process, as MPI_COMM_WORLD",
     ("heatopt.comm._torch", "_worlds"): "keys in a store that outlives a communicator must not repeat",
     ("heatopt.comm._work", "COMPLETED"): "stateless",
-    ("heatopt.optim._data_parallel", "_owners"): "weak: finds a second wrapper of the same parameter",
+    ("heatopt.sync._tuning", "DEFAULT"): "a named tuple",
+    ("heatopt.optim._ownership", "_owners"): "weak: finds a second wrapper of the same parameter",
     ("heatopt.sync._coordinator", "_CALL_NAMES"): "constant table: names for messages",
     ("heatopt.sync._coordinator", "_registry"): "weak: optimizers of one communicator share a coordinator",
     ("heatopt.sync._coordinator", "_registry_lock"): "guards the registry: ranks may be threads",
@@ -63,7 +64,10 @@ MAX_BODY = 60
 MAX_PARAMETERS = 10
 # Above this number a function needs a reason here.
 MANY_PARAMETERS = 8
-FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {}
+FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {
+    "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
+    "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
+}
 
 # Parameters of a public constructor that may be given by position.
 MAX_POSITIONAL = 2

@@ -47,7 +47,7 @@ def test_alone_gradients_come_out_as_they_went_in() -> None:
     parameters = zeros((2, 3), (), (0, 4), (5,))
     bucket = make_bucket(parameters)
     fill(parameters, 1.0, 2.0, 3.0, 4.0)
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert grads(parameters) == [[1.0] * 6, [2.0], [], [4.0] * 5]
     assert [p.grad.shape for p in parameters if p.grad is not None] == [p.shape for p in parameters]
@@ -57,7 +57,7 @@ def test_gradients_are_views_of_the_memory() -> None:
     parameters = zeros((2, 3), (), (5,))
     bucket = make_bucket(parameters)
     fill(parameters, 1.0, 2.0, 3.0)
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     bucket.memory.fill_(7.0)
     assert grads(parameters) == [[7.0] * 6, [7.0], [7.0] * 5]
@@ -68,8 +68,8 @@ def test_mean_of_two_ranks() -> None:
     bucket, other = make_bucket(ours), make_bucket(theirs)
     fill(ours, 1.0, 2.0)
     fill(theirs, 3.0, 6.0)
-    bucket.pack()
-    other.pack()
+    bucket.pack(detach=True)
+    other.pack(detach=True)
     reduce_with(other)(bucket)
     bucket.reveal()
     assert grads(ours) == [[2.0] * 3, [4.0] * 2]
@@ -85,8 +85,8 @@ def test_gradient_of_one_rank_reaches_those_without(dtype: torch.dtype, count: i
     other_parameters = zeros((3,), (3,), (3,), dtype=dtype)
     other = make_bucket(other_parameters)
     fill(other_parameters, None, 1.0, None)
-    bucket.pack()
-    other.pack()
+    bucket.pack(detach=True)
+    other.pack(detach=True)
     bucket.memory += other.memory
     bucket.memory /= count
     bucket.reveal()
@@ -99,8 +99,8 @@ def test_rank_without_any_gradient() -> None:
     bucket, other = make_bucket(ours), make_bucket(theirs)
     fill(theirs, 3.0, None)
     bucket.memory.fill_(99.0)  # left over from an earlier step
-    bucket.pack()
-    other.pack()
+    bucket.pack(detach=True)
+    other.pack(detach=True)
     reduce_with(other)(bucket)
     bucket.reveal()
     assert grads(ours) == [[1.5] * 3, None]
@@ -111,11 +111,11 @@ def test_leftovers_of_an_earlier_step_do_not_count() -> None:
     bucket = make_bucket(parameters)
     for values, expected in (((1.0, 2.0), [[1.0] * 3, [2.0] * 2]), ((None, 5.0), [None, [5.0] * 2])):
         fill(parameters, *values)
-        bucket.pack()
+        bucket.pack(detach=True)
         bucket.reveal()
         assert grads(parameters) == expected
     fill(parameters, None, None)
-    bucket.pack()
+    bucket.pack(detach=True)
     assert bucket.memory.count_nonzero() == 0
     bucket.reveal()
     assert grads(parameters) == [None, None]
@@ -135,9 +135,9 @@ def test_nothing_accumulates_into_memory_on_the_wire() -> None:
     parameters = zeros((3,), (2,))
     bucket = make_bucket(parameters)
     fill(parameters, 1.0, 1.0)
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
-    bucket.pack()
+    bucket.pack(detach=True)
     assert grads(parameters) == [None, None]
     (parameters[0] * 2.0).sum().backward()
     bucket.memory *= 10.0
@@ -148,7 +148,7 @@ def test_nothing_accumulates_into_memory_on_the_wire() -> None:
 def test_late_gradient_of_a_parameter_without_average_is_kept() -> None:
     parameters = zeros((3,))
     bucket = make_bucket(parameters)
-    bucket.pack()
+    bucket.pack(detach=True)
     (parameters[0] * 2.0).sum().backward()
     bucket.reveal()
     assert grads(parameters) == [[2.0] * 3]
@@ -159,14 +159,14 @@ def test_gradient_is_not_copied_twice() -> None:
     parameters = zeros((3,), (2, 2))
     bucket = make_bucket(parameters)
     fill(parameters, 1.0, 1.0)
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     views = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.zero_()
         (parameter * 3.0).sum().backward()
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert all(parameter.grad is view for parameter, view in zip(parameters, views, strict=True))
     assert grads(parameters) == [[3.0] * 3, [3.0] * 4]
@@ -188,7 +188,7 @@ def test_gradient_has_the_strides_of_the_parameter(parameter: torch.Tensor) -> N
     bucket = make_bucket(parameters)
     values = torch.arange(float(parameter.numel())).view(parameter.shape)
     parameters[0].grad = values.clone()
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert parameters[0].grad is not None
     assert parameters[0].grad.stride() == parameters[0].stride()
@@ -208,7 +208,7 @@ def test_strides_that_do_not_cover_memory_are_not_taken_over(parameter: torch.Te
     bucket = make_bucket(parameters)
     values = torch.arange(12.0).view(3, 4)
     parameters[0].grad = values.clone()
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert parameters[0].grad is not None
     assert parameters[0].grad.is_contiguous()
@@ -229,7 +229,7 @@ def test_gradient_of_any_kind_is_packed(gradient: Callable[[], torch.Tensor]) ->
     bucket = make_bucket(parameters)
     parameters[0].grad = gradient()
     expected = parameters[0].grad.detach().clone()
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert parameters[0].grad is not None
     assert torch.equal(parameters[0].grad, expected)
@@ -242,7 +242,7 @@ def test_sparse_gradient_is_left_alone() -> None:
     sparse = torch.eye(3, 2).to_sparse(1)
     parameters[0].grad = sparse
     parameters[1].grad = torch.ones(2)
-    bucket.pack()
+    bucket.pack(detach=True)
     assert parameters[0].grad is sparse
     bucket.reveal()
     assert parameters[0].grad is sparse
@@ -256,7 +256,7 @@ def test_parameter_of_another_dtype_now_is_left_alone() -> None:
     fill(parameters, 1.0, 2.0)
     module = torch.nn.ParameterList(parameters[:1]).double()
     assert module[0] is parameters[0]
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert parameters[0].grad is not None
     assert parameters[0].grad.dtype is torch.float64
@@ -267,11 +267,11 @@ def test_exchanged_storage_of_a_view_is_noticed() -> None:
     parameters = zeros((3,))
     bucket = make_bucket(parameters)
     fill(parameters, 1.0)
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.reveal()
     assert parameters[0].grad is not None
     parameters[0].grad.data = torch.full((3,), 5.0)
-    bucket.pack()
+    bucket.pack(detach=True)
     bucket.memory *= 2.0
     bucket.reveal()
     assert grads(parameters) == [[10.0] * 3]
@@ -284,7 +284,7 @@ class TestForeignGradients:
         parameters = zeros((3,), (2,), (2,))
         bucket = make_bucket(parameters)
         fill(parameters, 1.0, 2.0, None)
-        bucket.pack()
+        bucket.pack(detach=True)
         bucket.reveal()
         return bucket, parameters
 
