@@ -25,7 +25,7 @@ from heatopt.sync._coordinator import (
 )
 from heatopt.sync._fingerprint import Fingerprint, numeric_options, options_hash
 from heatopt.sync._graphs import outside_graphs
-from heatopt.sync._hooks import hook_gradient, remove_hooks
+from heatopt.sync._hooks import hook_gradient, is_last_hook, remove_hooks
 from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._round import Round
@@ -87,6 +87,7 @@ class GradientSync(Gradients):
         self._last_step: float | None = None  # when the last one began
         self._backward_alive: Callable[[], object | None] = lambda: None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hook_ids: dict[int, int] = {}  # by parameter index
         self._hooked = 0  # parameters that have their hook, from the first
         self._hook_new_parameters()
         weakref.finalize(self, remove_hooks, self._handles)
@@ -96,6 +97,7 @@ class GradientSync(Gradients):
         for index, parameter in enumerate(self._plan.parameters[self._hooked :], self._hooked):
             if parameter.is_floating_point() or parameter.is_complex():  # others never have a gradient
                 self._handles.append(hook_gradient(parameter, index, reference))
+                self._hook_ids[index] = self._handles[-1].id
         self._hooked = len(self._plan.parameters)
 
     # What the coordinator asks
@@ -239,10 +241,9 @@ class GradientSync(Gradients):
         """A parameter's gradient has been accumulated. Called for each of them: every microsecond counts."""
         if self._state is _State.IDLE or self._backward_alive() is None:
             self._enter_backward()
-        # The user's own hooks of a parameter may run after this one: a bucket is launched by the next parameter's hook.
         if self._full and self._launches_early():
             self._launch_full_buckets()
-        elif self._round is not None:
+        if self._round is not None:
             self._round.progress()
         gradient = parameter.grad
         place = self._plan.places.get(index)
@@ -264,6 +265,9 @@ class GradientSync(Gradients):
         waiting.discard(index)
         if not waiting and number == self._next_launch:
             self._full = True
+            # If the user's own hooks of this parameter run after this one, the next parameter's hook launches.
+            if is_last_hook(parameter, self._hook_ids[index]) and self._launches_early():
+                self._launch_full_buckets()
 
     def _enter_backward(self) -> None:
         self.attach()

@@ -9,7 +9,7 @@ import torch
 
 from heatopt.sync._graphs import never_compiled
 
-__all__ = ["hook_gradient", "remove_hooks"]
+__all__ = ["hook_gradient", "is_last_hook", "remove_hooks"]
 
 
 class GradientListener(Protocol):
@@ -45,6 +45,12 @@ def hook_gradient(
     finally:
         if frozen:
             parameter.requires_grad_(False)
+
+
+def is_last_hook(parameter: torch.Tensor, number: int) -> bool:
+    """True if no other hook runs after the one with this handle's number when a gradient has been accumulated."""
+    hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)  # torch's, in the order of their calls
+    return bool(hooks) and next(reversed(hooks)) == number
 
 
 def remove_hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

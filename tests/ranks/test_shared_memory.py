@@ -143,3 +143,48 @@ def test_a_rank_that_fails_releases_the_others():
 
     with pytest.raises(ValueError, match="the cause"):
         ThreadWorld(2, shared_memory=True).run(body)
+
+
+@pytest.mark.parametrize("who", ["all", "one"])
+@pytest.mark.parametrize("where", ["_make_file", "_open_file"])
+def test_falls_back_together_where_memory_cannot_be_shared(where, who, monkeypatch, caplog):
+    from heatopt.comm import _shared_memory
+
+    real = getattr(_shared_memory, where)
+    calls = iter(range(1000))
+    monkeypatch.setattr(_shared_memory, where, lambda *a: None if who == "all" or next(calls) == 0 else real(*a))
+
+    def body(comm):
+        memories = reduce_all(comm, torch.float32, ReduceOptions(comm.size, True))
+        assert not any(memory.shared for memory in memories)
+        return [memory.own.clone() for memory in memories]
+
+    with caplog.at_level("WARNING"):
+        found = ThreadWorld(3, shared_memory=True).run(body)
+    assert "cannot share memory" in caplog.text
+    for tensors in found:
+        for tensor, numel in zip(tensors, SIZES, strict=True):
+            assert torch.equal(tensor, in_rank_order([values(rank, numel, torch.float32) for rank in range(3)], 3))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_launches_and_completions_interleave_differently(size):
+    """A rank that polls often and one that never does go through the same meetings, whatever the order."""
+
+    def body(comm):
+        memories = [comm.allocate(5000 + n, torch.float64, torch.device("cpu")) for n in range(6)]
+        works = []
+        for number, memory in enumerate(memories):
+            memory.own.fill_(comm.rank + number)
+            works.append(comm.reduce_bucket(memory, ReduceOptions(1, False), "a test"))
+            for _ in range(3 * comm.rank):
+                comm.progress()
+            if number % (comm.rank + 2) == 0:
+                works[number // 2].wait()
+        for work in works:
+            work.wait()
+        return [memory.own.unique().tolist() for memory in memories]
+
+    total = sum(range(size))
+    for found in ThreadWorld(size, shared_memory=True).run(body):
+        assert found == [[total + size * number] for number in range(6)]

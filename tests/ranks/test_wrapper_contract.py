@@ -302,7 +302,6 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], type[Exception] | tuple[type[Exception
     # What does not exist is refused, rather than accepted without effect.
     ({"nonsense": 1}, TypeError),
     ({"shard": "none"}, TypeError),
-    ({"reproducible": False}, TypeError),
     ({"on_rank_failure": "abort"}, TypeError),
 ]
 
