@@ -1,4 +1,4 @@
-"""What the benchmarks of communication share: interleaved timing, the peer's process group, and how results are kept."""
+"""What the benchmarks of communication share: timing in turns, the peer's process group, how results are kept."""
 
 from __future__ import annotations
 

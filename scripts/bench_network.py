@@ -1,0 +1,247 @@
+#!/usr/bin/env python
+"""How much of the communication between nodes is hidden behind the backward pass, and how many bytes it sends.
+
+    scripts/two_nodes.sh -n 2 -r 1gbit -- python scripts/bench_network.py --json out.json
+
+A model of equal Linear layers, whose backward also multiplies matrices for as long as the communication takes (once per
+layer, so that nothing but the layers' hooks can make progress in between). For each way of synchronising, in turns:
+
+    communication  a step without the multiplications, less the same step without synchronisation
+    computation    a step without synchronisation, less the same step without the multiplications
+    together       a step with both
+    hidden         (communication + computation - together) / min(communication, computation): 1 is best
+
+The bytes are those that the network interface has counted, per node and step, over 2 (n - 1) / n times the size of the
+gradients in single precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _measuring import interleave, open_gloo, write_json
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import heatopt
+from heatopt.comm import Communicator
+
+PLAIN = "no synchronisation"
+REFERENCE = "heatopt blocking"
+
+
+class Load:
+    """Multiplications that stand for the computation of a layer's backward."""
+
+    def __init__(self) -> None:
+        self.repeats = 0
+        self._matrix = torch.full((128, 128), 1e-3)
+        self._product = torch.empty(128, 128)
+
+    def work(self) -> None:
+        """Multiply ``repeats`` times."""
+        for _ in range(self.repeats):
+            torch.mm(self._matrix, self._matrix, out=self._product)
+
+
+class Burden(torch.autograd.Function):
+    """The identity, with a load in its backward."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, load: Load) -> torch.Tensor:
+        context.load = load
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        context.load.work()
+        return gradient, None
+
+
+class Layers(nn.Module):
+    """Linear layers of equal width; the load comes before each layer's gradient."""
+
+    def __init__(self, count: int, width: int, load: Load) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(count))
+        self._load = load
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = Burden.apply(layer(x), self._load)
+        return x
+
+
+class Way:
+    """One way of synchronising: a model and an optimizer of its own."""
+
+    def __init__(self, model: nn.Module, forward: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self._forward = forward
+        self._optimizer = optimizer
+
+    def step(self, load: Load, repeats: int, batch: torch.Tensor) -> None:
+        """One training step."""
+        load.repeats = repeats
+        self._optimizer.zero_grad()
+        self._forward(batch).square().mean().backward()
+        self._optimizer.step()
+
+    def checksum(self) -> float:
+        """Sum of all parameters, in double precision."""
+        return sum(p.detach().double().sum().item() for p in self.model.parameters())
+
+
+def make_ways(make_model: Callable[[], nn.Module], bucket_mb: float) -> dict[str, Way]:
+    """All ways that this version of heatopt has, and its peer."""
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def wrapped(**options: Any) -> Way:
+        model = make_model()
+        optimizer = heatopt.DataParallelOptimizer(sgd(model), model=model, bucket_mb=bucket_mb, **options)
+        return Way(model, model, optimizer)
+
+    model = make_model()
+    ways = {
+        PLAIN: Way(model, model, sgd(model)),
+        REFERENCE: wrapped(blocking=True),
+        "heatopt non-blocking": wrapped(blocking=False),
+    }
+    if "wire_dtype" in inspect.signature(heatopt.DataParallelOptimizer).parameters:
+        ways["heatopt blocking, bf16"] = wrapped(blocking=True, wire_dtype=torch.bfloat16)
+        ways["heatopt non-blocking, bf16"] = wrapped(blocking=False, wire_dtype=torch.bfloat16)
+    model = make_model()
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
+    ways["DDP gloo"] = Way(model, parallel, sgd(model))
+    return ways
+
+
+def calibrate(comm: Communicator, load: Load, milliseconds: float, layers: int) -> int:
+    """Multiplications per layer that take so long in all layers, while all ranks compute."""
+    load.repeats = 200
+    times = []
+    for _ in range(5):
+        comm.barrier()
+        start = time.perf_counter()
+        load.work()
+        times.append((time.perf_counter() - start) / load.repeats * 1e3)
+    mean = torch.tensor(statistics.median(times), dtype=torch.float64)
+    return max(1, round(milliseconds / layers / comm.allreduce(mean, "mean").item()))
+
+
+def sent_bytes(interface: str) -> int | None:
+    """What the node has sent, if it has such an interface."""
+    path = Path(f"/sys/class/net/{interface}/statistics/tx_bytes")
+    return int(path.read_text()) if path.exists() else None
+
+
+def traffic(comm: Communicator, interface: str, step: Callable[[], None], steps: int) -> float | None:
+    """Bytes that a node sends for one step, the mean over nodes."""
+    comm.barrier()
+    before = sent_bytes(interface)
+    for _ in range(steps):
+        step()
+    comm.barrier()
+    after = sent_bytes(interface)
+    own = None if before is None or after is None else (after - before) / steps
+    counted = [c for c, rank in comm.all_gather_object((own, comm.node_rank)) if rank == 0]
+    return None if any(c is None for c in counted) else sum(counted) / len(counted)
+
+
+def evaluate(times: dict[str, list[float]], name: str) -> dict[str, float]:
+    """Medians over rounds of the quantities of one way."""
+    rows = []
+    for k in range(len(times[PLAIN])):
+        computation = times[f"{PLAIN}, loaded"][k] - times[PLAIN][k]
+        communication = times[name][k] - times[PLAIN][k]
+        together = times[f"{name}, loaded"][k] - times[PLAIN][k]
+        hidden = (computation + communication - together) / min(computation, communication)
+        rows.append((computation, communication, together, hidden, together / max(computation, communication)))
+    keys = ("computation", "communication", "together", "hidden", "over_longer")
+    return {key: statistics.median(column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
+
+
+def show(results: dict[str, Any], gradient_bytes: int, comm: Communicator) -> None:
+    """Print the table."""
+    n = comm.num_nodes
+    table = Table(
+        title=f"{n} nodes x {comm.node_size} ranks, {gradient_bytes / 2**20:.0f} MiB of gradients, milliseconds a step"
+    )
+    for column in ("way", "communication", "computation", "together", "hidden", "/ longer", "MB sent", "/ theory"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    theory = 2 * (n - 1) / n * gradient_bytes
+    for name, row in results.items():
+        sent = row["sent"]
+        table.add_row(
+            name,
+            *(f"{row[key]:.1f}" for key in ("communication", "computation", "together")),
+            f"{row['hidden']:.2f}",
+            f"{row['over_longer']:.2f}",
+            "" if sent is None else f"{sent / 1e6:.1f}",
+            "" if sent is None or not theory else f"{sent / theory:.3f}",
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8, help="Linear layers (default %(default)s)")
+    parser.add_argument("--width", type=int, default=1024, help="of each layer (default %(default)s: 4 MiB)")
+    parser.add_argument("--bucket-mb", type=float, default=4.0, help="of heatopt and of DDP (default %(default)s)")
+    parser.add_argument("--balance", type=float, default=1.0, help="computation / communication (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="steps per round (default %(default)s)")
+    parser.add_argument("--ways", nargs="+", help="only these, besides the one without synchronisation")
+    parser.add_argument("--interface", default="eth0", help="whose bytes are counted (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write all times to this file")
+    options = parser.parse_args()
+    comm = heatopt.world()
+    if comm.size == 1:
+        raise SystemExit("this benchmark needs two or more ranks")
+    open_gloo(comm)
+    load = Load()
+
+    def make_model() -> nn.Module:
+        torch.manual_seed(0)
+        return Layers(options.layers, options.width, load)
+
+    ways = make_ways(make_model, options.bucket_mb)
+    chosen = [name for name in ways if name != PLAIN and (not options.ways or name in options.ways)]
+    batch = torch.randn(1, options.width, generator=torch.Generator().manual_seed(comm.rank))
+    probe = interleave(
+        comm, {name: partial(ways[name].step, load, 0, batch) for name in (PLAIN, REFERENCE)}, 3, options.steps
+    )
+    communication = statistics.median(probe[REFERENCE]) - statistics.median(probe[PLAIN])
+    repeats = calibrate(comm, load, options.balance * communication, options.layers)
+    calls = {}
+    for name in (PLAIN, *chosen):
+        calls[name] = partial(ways[name].step, load, 0, batch)
+        calls[f"{name}, loaded"] = partial(ways[name].step, load, repeats, batch)
+    times = interleave(comm, calls, options.rounds, options.steps)
+    results: dict[str, Any] = {}
+    for name in chosen:
+        results[name] = evaluate(times, name)
+        results[name]["sent"] = traffic(comm, options.interface, calls[name], 4)
+        results[name]["checksum"] = ways[name].checksum()
+    gradient_bytes = sum(4 * p.numel() for p in ways[PLAIN].model.parameters())
+    write_json(options.json, comm, {"gradient_bytes": gradient_bytes, "ways": results, "milliseconds": times})
+    if comm.rank == 0:
+        show(results, gradient_bytes, comm)
+    comm.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
