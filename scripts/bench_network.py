@@ -102,7 +102,7 @@ class Way:
         return sum(p.detach().double().sum().item() for p in self.model.parameters())
 
 
-def make_ways(make_model: Callable[[], nn.Module], bucket_mb: float) -> dict[str, Way]:
+def make_ways(comm: Communicator, make_model: Callable[[], nn.Module], bucket_mb: float) -> dict[str, Way]:
     """All ways that this version of heatopt has, and its peer."""
 
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -110,7 +110,9 @@ def make_ways(make_model: Callable[[], nn.Module], bucket_mb: float) -> dict[str
 
     def wrapped(**options: Any) -> Way:
         model = make_model()
-        optimizer = heatopt.DataParallelOptimizer(sgd(model), model=model, bucket_mb=bucket_mb, **options)
+        # Optimizers that share a communicator reduce at the end of backward only, where their order is sure.
+        own = comm.duplicate("the benchmark")
+        optimizer = heatopt.DataParallelOptimizer(sgd(model), model=model, comm=own, bucket_mb=bucket_mb, **options)
         return Way(model, model, optimizer)
 
     model = make_model()
@@ -217,7 +219,7 @@ def main() -> None:
         torch.manual_seed(0)
         return Layers(options.layers, options.width, load)
 
-    ways = make_ways(make_model, options.bucket_mb)
+    ways = make_ways(comm, make_model, options.bucket_mb)
     chosen = [name for name in ways if name != PLAIN and (not options.ways or name in options.ways)]
     batch = torch.randn(1, options.width, generator=torch.Generator().manual_seed(comm.rank))
     probe = interleave(
