@@ -50,10 +50,14 @@ address() { echo "10.98.$(($$ % 250 + 1)).$(($1 + 1))"; }
 
 clean_up() {
     trap '' INT TERM HUP
-    if [ -n "$launcher" ] && kill -TERM "$launcher" 2>/dev/null; then
-        wait "$launcher" 2>/dev/null
-    fi
     local index name
+    if [ -n "$launcher" ] && kill -TERM "$launcher" 2>/dev/null; then
+        # Not for long: who sent the signal may kill this shell next, and then everything would stay.
+        for ((index = 0; index < 20; index++)); do
+            kill -0 "$launcher" 2>/dev/null || break
+            sleep 0.1
+        done
+    fi
     for ((index = 0; index < nodes; index++)); do
         name=$(node_name "$index")
         # A daemon that has lost its launcher would keep the namespace alive.
