@@ -9,7 +9,7 @@ import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
-__all__ = ["Bucket"]
+__all__ = ["Bucket", "covers_its_memory"]
 
 # Below this, moving many gradients at once is cheaper than a call for each.
 _ADOPT_BYTES = 256 * 1024
@@ -48,9 +48,7 @@ class Bucket:
         parameter = self.parameters[position]
         # The strides of the parameter, where they cover the memory exactly, keep optimizers on their fast path.
         strides = (
-            parameter.stride()
-            if _covers_its_memory(parameter)
-            else torch.empty(parameter.shape, device="meta").stride()
+            parameter.stride() if covers_its_memory(parameter) else torch.empty(parameter.shape, device="meta").stride()
         )
         # A tensor on the same storage, and not a view to autograd, which would forbid detach_() of a gradient.
         offset = self.memory.storage_offset() + slot.offset
@@ -187,7 +185,7 @@ class Bucket:
         return False
 
 
-def _covers_its_memory(tensor: torch.Tensor) -> bool:
+def covers_its_memory(tensor: torch.Tensor) -> bool:
     """True if the strides are a permutation of contiguous ones."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator, check_timeout
+from heatopt.optim._flat import check_elementwise
 from heatopt.sync import SyncSettings
 
 __all__ = ["check_arguments", "parameter_names", "route_around_fused_sgd"]
@@ -27,12 +28,13 @@ def check_arguments(
     wire_dtype: object,
     reproducible: object,
     timeout: object,
+    fuse: object,
 ) -> SyncSettings:
     """Return the settings.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or an algorithm that cannot be fused.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -54,6 +56,10 @@ def check_arguments(
         raise TypeError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
+    if not isinstance(fuse, bool):
+        raise TypeError(f"fuse must be True or False, got {fuse!r}")
+    if fuse:
+        check_elementwise(optimizer)
     return SyncSettings(
         algorithm=type(optimizer).__name__,
         bucket_mb=_check_bucket_mb(bucket_mb),
@@ -63,6 +69,7 @@ def check_arguments(
         reproducible=bool(reproducible),
         timeout=None if timeout is None else check_timeout(timeout),
         sparse=_sparse_parameters(optimizer, model),
+        fuse=fuse,
     )
 
 

@@ -31,6 +31,8 @@ class SyncSettings:
     """Sum in rank order across nodes too."""
     sparse: tuple[int, ...] = ()
     """Indices of the parameters known to get sparse gradients."""
+    fuse: bool = False
+    """Update many parameters as one: the results' last bits may depend on it."""
 
     def reduction(self, blocking: bool, divisor: int) -> ReduceOptions:
         """How a bucket is reduced."""
@@ -45,4 +47,5 @@ class SyncSettings:
             ("blocking", repr(self.blocking)),
             ("wire_dtype", repr(self.wire_dtype)),
             ("reproducible", repr(self.reproducible)),
+            ("fuse", repr(self.fuse)),
         )

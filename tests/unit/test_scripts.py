@@ -390,7 +390,9 @@ class TestScriptsAsPrograms:
         assert result.stderr.count("error:") == 1
         assert "Traceback" not in result.stderr
 
-    @pytest.mark.parametrize("script", ["train_digits.py", "train_text.py", "bench_overhead.py", "plot_ranks.py"])
+    @pytest.mark.parametrize(
+        "script", ["train_digits.py", "train_text.py", "bench_overhead.py", "bench_fuse.py", "plot_ranks.py"]
+    )
     def test_help(self, script: str) -> None:
         result = spawn(script, "--help")
         assert result.returncode == 0
