@@ -47,6 +47,11 @@ class Contender:
         workload.loss(self.forward, batch).backward()
         self.optimizer.step()
 
+    def warm_up(self, workload: Workload, batch: torch.Tensor, steps: int) -> None:
+        """Steps until nothing changes any more; what heatopt tries out in its first steps is over then."""
+        for _ in range(steps):
+            self.step(workload, batch)
+
     def checksum(self) -> float:
         """Sum of all parameters, in double precision."""
         return sum(p.detach().double().sum().item() for p in self.model.parameters())
@@ -84,7 +89,7 @@ CONTENDERS: dict[str, Callable[[Workload, nn.Module], Contender]] = {
 }
 
 
-def measure(workload: Workload, names: list[str], rounds: int, steps: int) -> dict[str, object]:
+def measure(workload: Workload, names: list[str], rounds: int, steps: int, warm_up: int) -> dict[str, object]:
     """Milliseconds per step of each contender and round, and the ratios to the floor and to DDP."""
     comm = heatopt.world()
     contenders: dict[str, Contender] = {}
@@ -92,16 +97,17 @@ def measure(workload: Workload, names: list[str], rounds: int, steps: int) -> di
         torch.manual_seed(0)
         contenders[name] = CONTENDERS[name](workload, workload.make_model())
     batch = workload.make_batch(torch.Generator().manual_seed(comm.rank))
+    for contender in contenders.values():
+        contender.warm_up(workload, batch, warm_up)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(rounds + 1):
+    for round_number in range(rounds):
         for name in names[round_number % len(names) :] + names[: round_number % len(names)]:
             comm.barrier()
             start = time.perf_counter()
             for _ in range(steps):
                 contenders[name].step(workload, batch)
             elapsed = torch.tensor((time.perf_counter() - start) / steps * 1e3)
-            if round_number:  # the first round warms up
-                times[name].append(comm.allreduce(elapsed, "max").item())
+            times[name].append(comm.allreduce(elapsed, "max").item())
     synchronised = [name for name in names if name != FLOOR]
     return {
         "workload": workload.name,
@@ -145,6 +151,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps per round and contender (default %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=36, help="steps before, of each contender (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write all times to this file")
     options = parser.parse_args()
     comm = heatopt.world()
@@ -152,7 +159,8 @@ def main() -> None:
         store = heatopt.comm.rendezvous_store(comm)
         dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
     results = [
-        measure(WORKLOADS[name], options.contenders, options.rounds, options.steps) for name in options.workloads
+        measure(WORKLOADS[name], options.contenders, options.rounds, options.steps, options.warm_up)
+        for name in options.workloads
     ]
     if comm.rank == 0:
         show(results)

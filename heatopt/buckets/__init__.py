@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from heatopt.buckets._bucket import Bucket, covers_its_memory
+from heatopt.buckets._bucket import SMALL_BYTES, Bucket, covers_its_memory
 from heatopt.buckets._layout import BucketPlan, ParameterSpec, Slot, gradient_dtype, plan_buckets
 
-__all__ = ["Bucket", "BucketPlan", "ParameterSpec", "Slot", "covers_its_memory", "gradient_dtype", "plan_buckets"]
+__all__ = [
+    "SMALL_BYTES",
+    "Bucket",
+    "BucketPlan",
+    "ParameterSpec",
+    "Slot",
+    "covers_its_memory",
+    "gradient_dtype",
+    "plan_buckets",
+]

@@ -9,11 +9,12 @@ import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
-__all__ = ["Bucket", "covers_its_memory"]
+__all__ = ["SMALL_BYTES", "Bucket", "covers_its_memory"]
 
-# Below this, moving many gradients at once is cheaper than a call for each.
-_ADOPT_BYTES = 256 * 1024
+SMALL_BYTES = 256 * 1024
+"""Gradients below this are moved many at once, which is cheaper than a call for each."""
 
+_address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
@@ -36,7 +37,7 @@ class Bucket:
         self._present: list[bool] = [False] * len(plan.slots)
         self._shown: list[bool] = [False] * len(plan.slots)  # the last reduction left a gradient
         self._versions: list[int] | None = None  # of the views, when an update had consumed them
-        self._adoptable = [slot.numel * plan.dtype.itemsize >= _ADOPT_BYTES for slot in plan.slots]
+        self._adoptable = [slot.numel * plan.dtype.itemsize >= SMALL_BYTES for slot in plan.slots]
         self._references = list(map(self._count_references, range(len(plan.slots))))
         self._uses = [1] * len(plan.slots)  # Python's references together count as one
         self._storage_users = self._count_storage_users()
@@ -111,31 +112,38 @@ class Bucket:
             detach: the parameters have no gradients until :meth:`reveal`: backward goes on, and nothing may accumulate
                 into memory that is on the wire.
         """
+        gradients = [parameter.grad for parameter in self.parameters]
+        if list(map(_address, self._views)) != self._addresses:
+            # Someone exchanged a view's storage (`grad.data = ...`, module conversion): make it anew.
+            for position in range(len(self._views)):
+                self._view(position)
+        present = self._present = [g is not None and self.fits(g) for g in gradients]
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
-        present = self._present
-        for position, parameter in enumerate(self.parameters):
-            gradient = parameter.grad
-            if gradient is None or not self.fits(gradient):
-                present[position] = False
-                self._view(position).zero_()
+        for parameter, view, gradient, is_present in zip(self.parameters, self._views, gradients, present, strict=True):
+            if not is_present:
+                view.zero_()
                 continue
-            present[position] = True
-            view = self._views[position]
-            if gradient is not view or view.data_ptr() != self._addresses[position]:
-                view = self._view(position)
+            if gradient is not view:
                 targets.append(view)
                 sources.append(gradient.detach() if gradient.requires_grad else gradient)
-                if not detach:
-                    parameter.grad = view
             if detach:
                 parameter.grad = None
+            elif gradient is not view:
+                parameter.grad = view
         if targets:
             torch._foreach_copy_(targets, sources)
         if all(present):
             self._flags.fill_(1)
         else:
             self._flags.copy_(torch.tensor(present))
+
+    def misfits(self) -> list[int]:
+        """Indices of the parameters whose gradients :meth:`pack` had to leave alone."""
+        if all(self._present):
+            return []
+        rows = zip(self.plan.slots, self.parameters, self._present, strict=True)
+        return [slot.index for slot, p, present in rows if not present and p.grad is not None]
 
     def _view(self, position: int) -> torch.Tensor:
         view = self._views[position]

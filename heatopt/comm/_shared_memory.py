@@ -32,8 +32,10 @@ __all__ = ["Lane", "Meeting", "NodeMemory", "SharedBlock"]
 
 _PAGE = 4096
 _LINE = 8  # 64-bit words in a cache line: flags of two ranks never share one
-# A rank that waits first spins, since its neighbours are usually about to come, then lets others have its core.
+# A rank that waits first spins, since its neighbours are usually about to come, then sleeps. Each turn of the spin
+# offers the core to others; where ranks have to share cores it is short all the same.
 _SPINS = 40
+_SPINS_ON_OWN_CORE = 400
 _NAP = 20e-6
 
 Exchange = Callable[[Any, str], list[Any]]
@@ -101,6 +103,7 @@ class NodeMemory:
         self._rank = rank
         self.local_rank = ranks.index(rank)
         self.local_size = len(ranks)
+        self._spins = _SPINS_ON_OWN_CORE if len(ranks) <= (os.cpu_count() or 1) else _SPINS
         self._numbers = [0] * len(Lane)  # of the last meeting of each lane
         self._fence = threading.Lock()
         self._flags: list[list[Words]] = []  # by local rank and lane
@@ -163,7 +166,7 @@ class NodeMemory:
             spins = 0
             while flag[0] < number:
                 spins += 1
-                if spins < _SPINS:
+                if spins < self._spins:
                     os.sched_yield()
                 else:
                     time.sleep(_NAP)

@@ -85,7 +85,8 @@ class GradientSync(Gradients):
         self._round: Round | None = None  # the open one, if it is this object's to run
         self._tuner = Tuner([Choice(settings.blocking is not False, settings.bucket_mb or DEFAULT.bucket_mb)])
         self._last_step: float | None = None  # when the last one began
-        self._backward_alive: Callable[[], object | None] = lambda: None
+        self._backward_alive: Callable[[], object | None] = _nothing
+        self.quiet: Callable[[], object | None] = _nothing
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._hook_ids: dict[int, int] = {}  # by parameter index
         self._hooked = 0  # parameters that have their hook, from the first
@@ -281,6 +282,8 @@ class GradientSync(Gradients):
         self._next_launch = 0
         self._full = False
         self._backward_alive = when_backward_ends(_end_of_backward, weakref.ref(self))
+        # With one bucket nothing can be launched before the end, where it is seen what has come.
+        self.quiet = self._backward_alive if synchronised and len(self._plan.buckets) == 1 else _nothing
         if synchronised:
             self._waiting_for = [
                 {
@@ -335,6 +338,7 @@ class GradientSync(Gradients):
             self._backwards = 0
         finally:
             self._state = _State.IDLE
+            self.quiet = _nothing
 
     def _recover(self) -> None:
         """The last backward was interrupted by an exception: go on if no other rank has seen it."""
@@ -376,6 +380,10 @@ class GradientSync(Gradients):
         channel = self._coordinator.channel
         channel.timeout = self._settings.timeout or self._comm.timeout
         return channel
+
+
+def _nothing() -> None:
+    """No backward is running."""
 
 
 def _end_of_backward(reference: weakref.ref[GradientSync]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
 
+from heatopt.buckets import SMALL_BYTES
 from heatopt.sync._graphs import never_compiled
 
 __all__ = ["hook_gradient", "is_last_hook", "remove_hooks"]
@@ -14,6 +16,9 @@ __all__ = ["hook_gradient", "is_last_hook", "remove_hooks"]
 
 class GradientListener(Protocol):
     """Who wants to know of gradients."""
+
+    quiet: Callable[[], object | None]
+    """Not None as long as small gradients need no further notice: one call less for each."""
 
     def on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         """The gradient of parameter number ``index`` has been accumulated."""
@@ -26,11 +31,12 @@ def hook_gradient(
     parameter: torch.Tensor, index: int, reference: weakref.ref[Listener]
 ) -> torch.utils.hooks.RemovableHandle:
     """Tell the listener, as long as it lives, of each gradient of ``parameter``."""
+    small = parameter.nbytes < SMALL_BYTES
 
     @never_compiled
     def on_gradient(tensor: torch.Tensor) -> None:
         listener = reference()
-        if listener is not None:
+        if listener is not None and not (small and listener.quiet() is not None):
             listener.on_gradient(index, tensor)
 
     # torch hooks only what requires a gradient, but the hook outlives freezing: so a parameter that is unfrozen

@@ -85,6 +85,8 @@ class Round:
         bucket = self._plan.buckets[number]
         if self._contributes:
             bucket.pack(detach=early)
+            for index in bucket.misfits():
+                self._plan.note_elsewhere(index)
         else:
             bucket.pack_nothing()
         bucket.changed = False
