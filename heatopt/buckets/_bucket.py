@@ -120,8 +120,8 @@ class Bucket:
         present = self._present = [g is not None and self.fits(g) for g in gradients]
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
-        for parameter, view, gradient, is_present in zip(self.parameters, self._views, gradients, present, strict=True):
-            if not is_present:
+        for parameter, view, gradient, fits in zip(self.parameters, self._views, gradients, present, strict=True):
+            if gradient is None or not fits:
                 view.zero_()
                 continue
             if gradient is not view:

@@ -106,6 +106,7 @@ class MPICommunicator(Communicator):
         self._lanes = (base.Dup(), base.Dup())
         self._nccl: Communicator | None = None
         self._nccl_decided = False
+        self._queue.needs_calls = self.num_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
     def _watch(self, base: MPI.Intracomm) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

@@ -10,10 +10,17 @@ All ranks must start the operations of one lane in the same order. First stages 
 order. Later stages run on lane 1 and are started strictly in the order of the launches: a work never passes an earlier
 one, whoever polls it and however often, and a blocking call first completes the works before it. All communicators of a
 world share one queue, so a rank that waits for a work alone finds the other ranks' later stages, wherever they block.
+
+[Note: Pump]
+MPI moves nothing between nodes unless it is called. While works are in flight a thread polls the queue, so that they go
+on beside a long operation that calls no hook. Whoever touches the queue holds its lock, so MPI sees one thread at a
+time; every other call of a communicator first completes the works, which ends the thread.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
@@ -51,6 +58,8 @@ COMPLETED = Completed()
 
 Steps = Generator[Request, None, T]
 Waiting = Callable[[], AbstractContextManager[None]]
+
+_PUMP_SECONDS = 0.5e-3
 
 
 class Work(Generic[T]):
@@ -99,6 +108,10 @@ class WorkQueue:
 
     def __init__(self) -> None:
         self._works: deque[Work[Any]] = deque()
+        self._lock = threading.RLock()
+        self._pump: threading.Thread | None = None  # alive as long as works are in flight
+        self.needs_calls = False
+        """True if works stand still unless they are polled; see [Note: Pump]."""
 
     def launch(self, steps: Steps[T], waiting: Waiting) -> Work[T]:
         """Start the first stage and return the handle.
@@ -107,10 +120,14 @@ class WorkQueue:
             steps: the collective.
             waiting: the context of each wait for it.
         """
-        work = Work(steps, waiting, self)
-        work._advance()
-        if work._steps is not None:
-            self._works.append(work)
+        with self._lock:
+            work = Work(steps, waiting, self)
+            work._advance()
+            if work._steps is not None:
+                self._works.append(work)
+                if self.needs_calls and self._pump is None:
+                    self._pump = threading.Thread(target=self._poll_until_empty, name="heatopt-pump", daemon=True)
+                    self._pump.start()
         return work
 
     def run(self, steps: Steps[T], waiting: Waiting) -> T:
@@ -125,28 +142,47 @@ class WorkQueue:
 
     def poll(self) -> None:
         """Advance what can be advanced without blocking, never past an earlier work."""
-        for work in self._works:
-            while work._steps is not None and work._request.done():
-                work._advance()
-            if work._steps is not None:
-                break
-        self._discard_completed()
+        with self._lock:
+            for work in self._works:
+                while work._steps is not None and work._request.done():
+                    work._advance()
+                if work._steps is not None:
+                    break
+            self._discard_completed()
 
     def advance_through(self, last: Work[Any]) -> None:
         """Advance each work up to and including ``last`` by one stage, in launch order, blocking."""
-        for work in list(self._works):
-            if work._steps is not None:
-                with work._waiting():
-                    work._request.wait()
-                work._advance()
-            if work is last:
-                break
-        self._discard_completed()
+        with self._lock:
+            for work in list(self._works):
+                if work._steps is not None:
+                    with work._waiting():
+                        work._request.wait()
+                    work._advance()
+                if work is last:
+                    break
+            self._discard_completed()
 
     def drain(self) -> None:
         """Complete every work."""
-        while self._works:
-            self.advance_through(self._works[-1])
+        while True:
+            with self._lock:
+                if not self._works:
+                    return
+                self.advance_through(self._works[-1])
+
+    def _poll_until_empty(self) -> None:
+        try:
+            while True:
+                time.sleep(_PUMP_SECONDS)
+                with self._lock:
+                    if not self._works:
+                        self._pump = None
+                        return
+                    self.poll()
+        except BaseException:
+            # Whoever waits for the work meets the same error, and says so.
+            with self._lock:
+                self._pump = None
 
     def _discard_completed(self) -> None:
         while self._works and self._works[0]._steps is None:
