@@ -33,8 +33,7 @@ class Polls(Request):
 
 
 def steps(*requests: Polls) -> Steps[str]:
-    for request in requests:
-        yield request
+    yield from requests
     return "result"
 
 
