@@ -112,13 +112,15 @@ class NodeMemory:
     def allocate(self, nbytes: int) -> SharedBlock | None:
         """Make a block with ``nbytes`` per rank, zeroed; None on all ranks if any rank cannot. Collective."""
         segment = -(-max(nbytes, 1) // _PAGE) * _PAGE
-        leader = self.local_rank == 0
-        file = _make_file(segment * self.local_size) if leader else None
-        offers = self._exchange((os.getpid(), file), "set-up of shared memory")
-        process, number = offers[self._ranks[0]]
+        # Its name in /proc may mean another file to a process that only seems to be on this node.
+        mark = os.urandom(16)
+        file = _make_file(segment * self.local_size, mark) if self.local_rank == 0 else None
+        offers = self._exchange((os.getpid(), file, mark), "set-up of shared memory")
+        process, number, mark = offers[self._ranks[0]]
         memory = None
         if number is not None:
-            memory = _open_file(f"/proc/{process}/fd/{number}", file, segment, self.local_size, self.local_rank)
+            path = f"/proc/{process}/fd/{number}"
+            memory = _open_file(path, file, mark, segment, self.local_size, self.local_rank)
         succeeded = self._exchange(memory is not None, "set-up of shared memory")
         if file is not None:
             os.close(file)
@@ -183,7 +185,8 @@ class NodeMemory:
             pass
 
 
-def _make_file(nbytes: int) -> int | None:
+def _make_file(nbytes: int, mark: bytes) -> int | None:
+    """An anonymous file of ``nbytes``, followed by ``mark``."""
     if not hasattr(os, "memfd_create"):
         return None
     try:
@@ -192,17 +195,21 @@ def _make_file(nbytes: int) -> int | None:
         return None
     try:
         os.truncate(file, nbytes)
+        os.pwrite(file, mark, nbytes)
     except OSError:
         os.close(file)
         return None
     return file
 
 
-def _open_file(path: str, own: int | None, segment: int, ranks: int, local_rank: int) -> mmap.mmap | None:
+def _open_file(path: str, own: int | None, mark: bytes, segment: int, ranks: int, local_rank: int) -> mmap.mmap | None:
     file = own
     try:
         if file is None:
             file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if os.pread(file, len(mark), ranks * segment) != mark:
+            logger.debug("shared memory is not available: %s is another process's", path)
+            return None
         # Reserving is what can fail for lack of memory, and not later as a bus error; each rank reserves its own
         # segment, so that on a machine with several memory nodes it is near to the rank.
         os.posix_fallocate(file, local_rank * segment, segment)

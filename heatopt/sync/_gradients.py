@@ -141,7 +141,8 @@ class GradientSync(Gradients):
         self._state = _State.IDLE
         self._lay_out(self._settings.sparse)
         overlaps = self._comm.num_nodes > 1 or all(memory.shared for memory in self._plan.memories)
-        self._tuner = Tuner(candidates(self._settings.blocking, self._settings.bucket_mb, overlaps))
+        size = self._plan.report()["bucket_bytes"]
+        self._tuner = Tuner(candidates(self._settings.blocking, self._settings.bucket_mb, overlaps, size))
 
     def extend(self) -> None:
         self.attach()

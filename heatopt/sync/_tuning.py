@@ -26,6 +26,8 @@ class Choice(NamedTuple):
 
 DEFAULT = Choice(blocking=True, bucket_mb=8.0)
 
+_LARGE_BYTES = 512 * 2**20
+
 # Steps before the first trial: caches, optimizer state and compilers warm up.
 _WARM_UP = 3
 _PASSES = 2
@@ -35,16 +37,20 @@ _STEPS = 4
 _WORTH_IT = 0.98
 
 
-def candidates(blocking: bool | None, bucket_mb: float | None, overlaps: bool) -> list[Choice]:
+def candidates(blocking: bool | None, bucket_mb: float | None, overlaps: bool, gradient_bytes: int = 0) -> list[Choice]:
     """What to try, the default first: of what the user left open (None), all that may pay.
 
     Args:
         blocking: the user's choice.
         bucket_mb: the user's choice.
         overlaps: True if non-blocking reductions are known to pay here: between nodes, and in shared memory.
+        gradient_bytes: size of all buckets. Another bucket size means new buckets beside the old ones for a moment, so
+            it is not tried where they are large.
     """
     manners = [blocking] if blocking is not None else ([False, True] if overlaps else [True, False])
-    sizes = [bucket_mb] if bucket_mb is not None else [DEFAULT.bucket_mb, 2.0, 32.0]
+    sizes = [bucket_mb] if bucket_mb is not None else [DEFAULT.bucket_mb]
+    if bucket_mb is None and gradient_bytes <= _LARGE_BYTES:
+        sizes += [2.0, 32.0]
     first = Choice(manners[0], sizes[0])
     return [first, *(Choice(m, sizes[0]) for m in manners[1:]), *(Choice(manners[0], s) for s in sizes[1:])]
 

@@ -167,6 +167,24 @@ def test_falls_back_together_where_memory_cannot_be_shared(where, who, monkeypat
             assert torch.equal(tensor, in_rank_order([values(rank, numel, torch.float32) for rank in range(3)], 3))
 
 
+def test_a_file_of_somebody_else_is_not_taken(monkeypatch, tmp_path):
+    """Processes in different containers may see different things under one process number."""
+    from heatopt.comm import _shared_memory
+
+    other = tmp_path / "other"
+    other.write_bytes(bytes(10**7))
+    real = _shared_memory._open_file
+    monkeypatch.setattr(
+        _shared_memory, "_open_file", lambda path, own, *a: real(path if own is not None else str(other), own, *a)
+    )
+
+    def body(comm):
+        return [memory.shared for memory in reduce_all(comm, torch.float32, ReduceOptions(comm.size, True))]
+
+    assert not any(map(any, ThreadWorld(2, shared_memory=True).run(body)))
+    assert other.read_bytes() == bytes(10**7)
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_launches_and_completions_interleave_differently(size):
     """A rank that polls often and one that never does go through the same meetings, whatever the order."""

@@ -31,6 +31,10 @@ def test_what_the_user_chose_is_not_tried_out() -> None:
     assert Tuner(candidates(False, 3.0, True)).settled
 
 
+def test_large_buckets_are_not_made_twice() -> None:
+    assert candidates(None, None, True, 2**30) == [Choice(False, 8.0), Choice(True, 8.0)]
+
+
 @pytest.mark.parametrize("best", range(4))
 def test_the_fastest_is_chosen_and_kept(best: int) -> None:
     options = candidates(None, None, True)
