@@ -19,12 +19,15 @@ from heatopt.comm._topology import Topology
 from heatopt.comm._transport import Transport
 from heatopt.comm._watchdog import Watchdog
 from heatopt.comm._work import Steps, Work, WorkQueue
-from heatopt.errors import RankMismatchError
+from heatopt.errors import RankFailedError, RankMismatchError
 
 __all__ = ["MAX_NODE_WORDS", "RankGroup", "Words"]
 
 T = TypeVar("T")
 Words = npt.NDArray[np.int64]
+
+# That a rank has gone is noticed at once, why arrives on the bulletin a moment later.
+_NEWS_SECONDS = 2.0
 
 MAX_NODE_WORDS = 64
 """The longest exchange of integers that goes through shared memory."""
@@ -152,6 +155,18 @@ class RankGroup(Transport):
             f"ranks make different collective calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}; "
             "every rank must make the same calls in the same order"
         )
+
+    def lose(self, rank: int) -> NoReturn:
+        """Raise RankFailedError: ``rank`` has ended, and this one waits for it."""
+        raise self.failure(f"rank {self._members[rank]} has ended")
+
+    def failure(self, reason: str) -> RankFailedError:
+        """The error of a rank whose wait cannot end well, with what is known by now."""
+        own = self._members[self.rank]
+        if self._watchdog is None:
+            return RankFailedError(f"rank {own} lost contact with the other ranks ({reason})")
+        place, news = self._watchdog.place(), self._watchdog.wait_for_news(_NEWS_SECONDS)
+        return RankFailedError(f"rank {own} lost contact in {place}; {news} ({reason})")
 
     # Waits
 

@@ -80,7 +80,7 @@ def _open_node(group: RankGroup, make_group: MakeGroup) -> NodeReduction | None:
     wanted = shared_memory_wanted() and group.size > len(nodes)
     if not all(group.exchange_objects(wanted, "set-up of shared memory")):
         return None
-    node = NodeMemory(group.exchange_objects, nodes[group.node_index], group.rank, group.is_gone)
+    node = NodeMemory(group.exchange_objects, nodes[group.node_index], group.rank, group.lose, group.is_gone)
     if not node.open_flags(MAX_NODE_WORDS):
         logger.warning("the ranks of a node cannot share memory here; gradients travel through the backend instead")
         return None

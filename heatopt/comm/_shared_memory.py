@@ -18,15 +18,15 @@ import threading
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from heatopt._log import logger
+from heatopt.comm._process import Process
 from heatopt.comm._work import Request
-from heatopt.errors import RankFailedError
 
 __all__ = ["Lane", "Meeting", "NodeMemory", "SharedBlock"]
 
@@ -37,6 +37,8 @@ _LINE = 8  # 64-bit words in a cache line: flags of two ranks never share one
 _SPINS = 40
 _SPINS_ON_OWN_CORE = 400
 _NAP = 20e-6
+# Now and then it looks whether the other is still there: not every launcher ends the job when one process has ended.
+_TURNS_BETWEEN_LOOKS = 100
 
 Exchange = Callable[[Any, str], list[Any]]
 Words = npt.NDArray[np.int64]
@@ -91,13 +93,21 @@ class NodeMemory:
         exchange: the communicator's exchange of Python objects between all its ranks, for setting up.
         ranks: the ranks of this node, ascending.
         rank: this process's rank.
-        is_gone: asked now and then about the rank that is waited for. Processes have a watchdog instead.
+        lose: raises the error of a rank that has ended, which is then waited for in vain.
+        is_gone: asked now and then about the rank that is waited for; by default whether its process has ended.
     """
 
     def __init__(
-        self, exchange: Exchange, ranks: tuple[int, ...], rank: int, is_gone: Callable[[int], bool] | None = None
+        self,
+        exchange: Exchange,
+        ranks: tuple[int, ...],
+        rank: int,
+        lose: Callable[[int], NoReturn],
+        is_gone: Callable[[int], bool] | None = None,
     ) -> None:
-        self._is_gone = is_gone
+        self._lose = lose
+        self._is_gone = is_gone or self._has_ended
+        self._processes: dict[int, Process] = {}
         self._exchange = exchange
         self._ranks = ranks
         self._rank = rank
@@ -134,6 +144,8 @@ class NodeMemory:
         block = self.allocate((first + 2 * words) * 8)
         if block is None:
             return False
+        numbers = self._exchange(os.getpid(), "set-up of shared memory")
+        self._processes = {rank: Process(numbers[rank]) for rank in self._ranks if rank != self._rank}
         segments = [segment.numpy().view(np.int64) for segment in block.segments]
         self._flags = [[segment[lane * _LINE : lane * _LINE + 1] for lane in Lane] for segment in segments]
         self._slots = [(s[first : first + words], s[first + words : first + 2 * words]) for s in segments]
@@ -165,17 +177,20 @@ class NodeMemory:
         """Block until all ranks have come to a meeting."""
         for local_rank, flags in enumerate(self._flags):
             flag = flags[lane]
-            spins = 0
+            turns = 0
             while flag[0] < number:
-                spins += 1
-                if spins < self._spins:
+                turns += 1
+                if turns < self._spins:
                     os.sched_yield()
-                else:
-                    time.sleep(_NAP)
-                    gone = self._is_gone is not None and self._is_gone(self._ranks[local_rank])
-                    if gone and flag[0] < number:  # read after the question: what it has raised before it left counts
-                        raise RankFailedError(f"rank {self._rank} waits for rank {self._ranks[local_rank]}, which left")
+                    continue
+                time.sleep(_NAP)
+                # The flag is read after the question: what a rank has raised before it left counts.
+                if turns % _TURNS_BETWEEN_LOOKS == 0 and self._is_gone(self._ranks[local_rank]) and flag[0] < number:
+                    self._lose(self._ranks[local_rank])
         self._full_fence()
+
+    def _has_ended(self, rank: int) -> bool:
+        return self._processes[rank].has_ended()
 
     def _full_fence(self) -> None:
         # Releasing and then acquiring a lock is a full barrier on the weakly ordered processors as well.

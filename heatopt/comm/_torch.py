@@ -22,7 +22,6 @@ from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Bulletin, Phase, Snapshot, Watchdog
 from heatopt.comm._work import Request
-from heatopt.errors import RankFailedError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -36,8 +35,6 @@ T = TypeVar("T")
 # The watchdog gives up first, because it knows names; gloo's own time-out is a second line.
 _GLOO_GRACE = 60.0
 _YEAR = 365 * 86400.0
-# Gloo notices a closed connection at once, the reason arrives on the bulletin a moment later.
-_NEWS_SECONDS = 2.0
 # Keys in a store must not repeat; all ranks make their communicators in the same order.
 _worlds = itertools.count()
 
@@ -174,14 +171,7 @@ class TorchCommunicator(Communicator):
         try:
             yield
         except RuntimeError as error:
-            if self._watchdog is None:
-                raise RankFailedError(
-                    f"rank {self._members[self.rank]} lost contact with the other ranks ({error})"
-                ) from error
-            place, news = self._watchdog.place(), self._watchdog.wait_for_news(_NEWS_SECONDS)
-            raise RankFailedError(
-                f"rank {self._members[self.rank]} lost contact in {place}; {news} ({error})"
-            ) from error
+            raise self.failure(str(error)) from error
 
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
         if flat.device.type == "cpu" or self._nccl():
