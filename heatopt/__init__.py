@@ -29,6 +29,8 @@ from torch.optim import (
 )
 
 from heatopt import comm, errors, lr_scheduler
+from heatopt._version import __version__
+from heatopt.checkpoint import ResumableSampler, load, save
 from heatopt.comm import Communicator, world
 from heatopt.errors import (
     CheckpointError,
@@ -44,8 +46,6 @@ from heatopt.optim import (
     broadcast_parameters,
     sync_buffers,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ASGD",
@@ -70,6 +70,7 @@ __all__ = [
     "RMSprop",
     "RankFailedError",
     "RankMismatchError",
+    "ResumableSampler",
     "Rprop",
     "SparseAdam",
     "__version__",
@@ -77,7 +78,9 @@ __all__ = [
     "broadcast_parameters",
     "comm",
     "errors",
+    "load",
     "lr_scheduler",
+    "save",
     "swa_utils",
     "sync_buffers",
     "world",

@@ -31,10 +31,11 @@ PACKAGE = REPOSITORY / "heatopt"
 
 # From the bottom to the top. A module may import from its own layer and from those below it.
 LAYERS = (
-    ("heatopt.errors", "heatopt._log"),
+    ("heatopt.errors", "heatopt._log", "heatopt._version"),
     ("heatopt.comm",),
     ("heatopt.buckets",),
     ("heatopt.sync",),
+    ("heatopt.checkpoint",),
     ("heatopt.optim",),
     ("heatopt", "heatopt.lr_scheduler"),
 )
@@ -45,6 +46,9 @@ RESTRICTED_TO = "heatopt.comm."
 
 # State of the process, and the constants that Python can only write as mutable objects.
 GLOBALS = {
+    ("heatopt.checkpoint._pieces", "STORED_AS"): "constant table: names of dtypes",
+    ("heatopt.checkpoint._pieces", "_INTEGERS"): "constant table: integers by size",
+    ("heatopt.checkpoint._writing", "_pending"): "weak: the save that a communicator's ranks have not waited for",
     ("heatopt.comm", "_ON_DEMAND"): "constant table: module of each name that is loaded at its first use",
     ("heatopt.comm._cuda_aware", "mpi_reads_cuda_memory"): "cache: the probe costs a process",
     ("heatopt.comm._exit", "_installed"): "sys.excepthook belongs to the process, so it is replaced once",
@@ -66,6 +70,7 @@ MAX_PARAMETERS = 10
 MANY_PARAMETERS = 8
 FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {
     "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
+    "heatopt.checkpoint._save.save": "what users save, by keyword",
     "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
 }
 

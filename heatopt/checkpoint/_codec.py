@@ -1,0 +1,136 @@
+"""Python objects as JSON and named tensors, and back: no pickle, and every float with its bits."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["decode", "dtype_name", "encode", "named_dtype"]
+
+# An object with one of these as its only key stands for something that JSON does not have.
+_FLOAT, _TUPLE, _DICT, _COUNTER = "$float", "$tuple", "$dict", "$counter"
+_TENSOR, _SPARSE, _DTYPE = "$tensor", "$sparse", "$dtype"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The inverse of :func:`dtype_name`.
+
+    Raises:
+        ValueError: this torch has no such dtype.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"this torch has no dtype {name!r}")
+    return dtype
+
+
+def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return what :mod:`json` can write; tensors are added to ``tensors`` and named after their place.
+
+    Raises:
+        TypeError: something that a checkpoint cannot hold; the message names its place.
+        ValueError: a container that holds itself.
+    """
+    try:
+        return _encode(value, name, tensors)
+    except RecursionError:
+        raise ValueError(f"{name} holds itself, or is nested too deeply") from None
+
+
+def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, str)):
+        return value if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {_FLOAT: struct.pack(">d", value).hex()}
+    if isinstance(value, torch.Tensor):
+        return _encode_tensor(value, name, tensors)
+    if isinstance(value, torch.dtype):
+        return {_DTYPE: dtype_name(value)}
+    if isinstance(value, list):
+        return [_encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {_TUPLE: [_encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
+    if isinstance(value, dict):
+        return _encode_dict(value, name, tensors)
+    raise TypeError(
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; it holds None, bool, int, float, str, "
+        "tensors, and lists, tuples and dicts of these"
+    )
+
+
+def _encode_dict(value: dict[Any, Any], name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    plain = not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value)
+    if plain:
+        return {str(key): _encode(item, f"{name}/{key}", tensors) for key, item in value.items()}
+    for key in value:
+        if not (key is None or isinstance(key, (str, int, float, tuple))):
+            raise TypeError(f"{name} has a key {key!r} of type {type(key).__name__}, which a checkpoint cannot hold")
+    pairs = [[_encode(k, f"{name} (a key)", tensors), _encode(v, f"{name}/{k}", tensors)] for k, v in value.items()]
+    return {_COUNTER if isinstance(value, Counter) else _DICT: pairs}
+
+
+def _encode_tensor(tensor: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        parts = [
+            _encode_tensor(part, f"{name}/{kind}", tensors)
+            for kind, part in (("indices", tensor._indices()), ("values", tensor._values()))
+        ]
+        return {_SPARSE: [*parts, list(tensor.shape), tensor.is_coalesced()]}
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise TypeError(f"{name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}: not supported")
+    unique, number = name, 1
+    while unique in tensors:
+        unique, number = f"{name}~{number}", number + 1
+    tensors[unique] = tensor
+    return {_TENSOR: unique}
+
+
+def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
+    """The inverse of :func:`encode`; ``tensor`` gives the tensor, or what stands for it, of a name.
+
+    Raises:
+        ValueError: not written by :func:`encode`.
+    """
+    if isinstance(value, list):
+        return [decode(item, tensor) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = next(iter(value), "")
+    if len(value) != 1 or not kind.startswith("$"):
+        return {key: decode(item, tensor) for key, item in value.items()}
+    return _decode_special(kind, value[kind], tensor)
+
+
+def _decode_special(kind: str, content: Any, tensor: Callable[[str], Any]) -> Any:
+    if kind == _FLOAT:
+        return struct.unpack(">d", bytes.fromhex(content))[0]
+    if kind == _TENSOR:
+        return tensor(content)
+    if kind == _TUPLE:
+        return tuple(decode(item, tensor) for item in content)
+    if kind in (_DICT, _COUNTER):
+        pairs: Mapping[Any, Any] = {decode(key, tensor): decode(item, tensor) for key, item in content}
+        return Counter(pairs) if kind == _COUNTER else pairs
+    if kind == _DTYPE:
+        return named_dtype(content)
+    if kind == _SPARSE:
+        indices, values = (decode(part, tensor) for part in content[:2])
+        if not isinstance(indices, torch.Tensor):
+            return (indices, values)
+        return torch.sparse_coo_tensor(
+            indices, values, content[2], is_coalesced=content[3] or None, check_invariants=False
+        )
+    raise ValueError(f"unknown mark {kind!r}")

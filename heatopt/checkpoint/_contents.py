@@ -1,0 +1,87 @@
+"""What the arguments of save and load hold: checks, and their state as encoded sections and tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from heatopt.checkpoint._codec import dtype_name, encode
+from heatopt.comm import Communicator, world
+
+__all__ = ["REPLICATED", "check_objects", "check_path", "choose_communicator", "encode_all", "kind_of", "parameters_of"]
+
+REPLICATED = ("model", "optimizer")
+"""Sections whose structure must be equal on all ranks."""
+
+_STATEFUL = ("scheduler", "scaler", "sampler")
+
+
+def check_path(path: object) -> str:
+    """The absolute path, symbolic links followed.
+
+    Raises:
+        TypeError: not a path.
+        ValueError: an empty one, or one with a null character.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"path must be a str or an os.PathLike of one, got {path!r} of type {type(path).__name__}")
+    text = str(os.fspath(path))
+    if not text or "\0" in text:
+        raise ValueError(f"path must name a directory, got {text!r}")
+    return os.path.realpath(text)
+
+
+def check_objects(objects: Mapping[str, object]) -> None:
+    """Check the arguments that are neither the path nor ``extra``.
+
+    Raises:
+        TypeError: one of them is not what its name says.
+    """
+    model, optimizer = objects.get("model"), objects.get("optimizer")
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    for name in _STATEFUL:
+        thing = objects.get(name)
+        methods = [getattr(thing, method, None) for method in ("state_dict", "load_state_dict")]
+        if thing is not None and (isinstance(thing, type) or not all(map(callable, methods))):
+            raise TypeError(f"{name} must have state_dict() and load_state_dict(), got {type(thing).__name__}")
+
+
+def choose_communicator(comm: object, optimizer: object) -> Communicator:
+    """The given one, or the optimizer's, or the world.
+
+    Raises:
+        TypeError: not a communicator.
+    """
+    if comm is not None and not isinstance(comm, Communicator):
+        raise TypeError(f"comm must be a heatopt.comm.Communicator or None, got {type(comm).__name__}")
+    if comm is None:
+        # A plain torch optimizer has none; the wrapper is a layer above this one.
+        comm = getattr(optimizer, "_comm", None)
+    return comm if isinstance(comm, Communicator) else world()
+
+
+def kind_of(thing: object) -> str:
+    """Name of the class; of a wrapped optimizer that of torch's."""
+    return type(getattr(thing, "torch_optimizer", thing)).__name__
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[list[tuple[str, list[int]]]]:
+    """dtype and shape of the parameters, by group."""
+    return [[(dtype_name(p.dtype), list(p.shape)) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def encode_all(objects: Mapping[str, Any], extra: object, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Encode the state of each object that is not None, and ``extra``.
+
+    Raises:
+        TypeError: something that a checkpoint cannot hold.
+    """
+    sections = {name: encode(thing.state_dict(), name, tensors) for name, thing in objects.items() if thing is not None}
+    sections["extra"] = encode(extra, "extra", tensors)
+    return sections

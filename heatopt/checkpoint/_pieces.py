@@ -1,0 +1,103 @@
+"""Which rank writes which elements of which tensor: pure arithmetic; and tensors as flat stored elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["PIECE_BYTES", "Extent", "Piece", "cut", "extent_of", "fingerprint", "stored", "whole"]
+
+PIECE_BYTES = 64 * 2**20
+"""No piece is larger: reading it to check its hash takes no more memory than this."""
+
+STORED_AS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""What safetensors calls them. Complex tensors are stored as pairs, all others as bytes."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a tensor is where it is stored."""
+
+    name: str
+    count: int
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.count * self.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The stored elements ``start`` to ``stop`` of a tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Its name in a file."""
+        return f"{self.name}:{self.start}"
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements as they are stored, one-dimensional; a view where the memory allows."""
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    flat = tensor.view(-1)
+    return flat if flat.dtype in STORED_AS else flat.view(torch.uint8)
+
+
+def extent_of(name: str, dtype: torch.dtype, numel: int = 1) -> Extent:
+    """What a tensor of ``numel`` elements will take."""
+    one = stored(torch.empty(1, dtype=dtype))
+    return Extent(name, numel * one.numel(), one.element_size())
+
+
+def whole(extent: Extent) -> list[Piece]:
+    """All of a tensor, in pieces of at most ``PIECE_BYTES``."""
+    return _pieces(extent, 0, extent.count)
+
+
+def cut(extents: Sequence[Extent], size: int) -> list[list[Piece]]:
+    """Divide the tensors, laid end to end, among ``size`` ranks: each gets as many bytes, up to one element."""
+    total = sum(extent.nbytes for extent in extents)
+    bounds = [total * rank // size for rank in range(size + 1)]
+    parts: list[list[Piece]] = [[] for _ in range(size)]
+    offset = 0
+    for extent in extents:
+        elements = [min(max(-(-(bound - offset) // extent.itemsize), 0), extent.count) for bound in bounds]
+        elements[-1] = extent.count if offset + extent.nbytes <= bounds[-1] else elements[-1]
+        for rank in range(size):
+            parts[rank] += _pieces(extent, elements[rank], elements[rank + 1])
+        offset += extent.nbytes
+    return parts
+
+
+def _pieces(extent: Extent, start: int, stop: int) -> list[Piece]:
+    step = PIECE_BYTES // extent.itemsize
+    return [Piece(extent.name, first, min(first + step, stop)) for first in range(start, stop, step)]
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two numbers that differ, but for a freak of chance, where the bits of two tensors differ."""
+    flat = stored(tensor)
+    words = flat.view(_INTEGERS[flat.element_size()])
+    return int(words.sum(dtype=torch.int64)), int(words[::2].sum(dtype=torch.int64))

@@ -1,0 +1,118 @@
+"""One rank's safetensors file: written in one pass, read piece by piece, each checked by its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from heatopt.checkpoint._files import write_file
+from heatopt.checkpoint._pieces import STORED_AS, Piece
+from heatopt.errors import CheckpointError
+
+__all__ = ["RankFile", "Written", "file_name", "hash_of", "write_pieces"]
+
+_LENGTH_BYTES = 8
+
+
+def file_name(rank: int) -> str:
+    """Name of the file that ``rank`` writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def hash_of(data: Any) -> str:
+    """BLAKE2b, 128 bits."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the manifest has to know of a file."""
+
+    size: int
+    header: str
+    """Hash of everything before the first piece."""
+    hashes: dict[str, str]
+    """Of each piece, by its name in the file."""
+
+
+def write_pieces(path: str, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Written:
+    """Write each piece of its stored tensor (the second of a pair, or just that piece of it) to a new file."""
+    # Wide elements first: readers map the file and need each element at a multiple of its size.
+    ordered = sorted(pieces, key=lambda pair: -pair[1].element_size())
+    entries: dict[str, Any] = {}
+    offset = 0
+    for piece, flat in ordered:
+        count = piece.stop - piece.start
+        end = offset + count * flat.element_size()
+        entries[piece.key] = {"dtype": STORED_AS[flat.dtype], "shape": [count], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    hashes: dict[str, str] = {}
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header
+        for piece, flat in ordered:
+            part = flat if flat.numel() == piece.stop - piece.start else flat[piece.start : piece.stop]
+            data = part.cpu().view(torch.uint8).numpy().data
+            hashes[piece.key] = hash_of(data)
+            yield data
+
+    write_file(path, chunks())
+    return Written(len(header) + offset, hash_of(header), hashes)
+
+
+class RankFile:
+    """A file of a checkpoint, open for reading.
+
+    Args:
+        path: the file.
+        size: its size as the manifest has it.
+        header: the hash of its header.
+
+    Raises:
+        CheckpointError: missing, truncated or damaged.
+    """
+
+    def __init__(self, path: str, size: int, header: str) -> None:
+        self._path = path
+        try:
+            found = os.path.getsize(path)
+            if found != size:
+                raise CheckpointError(f"{path} has {found} bytes instead of {size}: it is truncated or another file")
+            with open(path, "rb") as file:
+                length = file.read(_LENGTH_BYTES)
+                text = file.read(min(int.from_bytes(length, "little"), size))
+            if hash_of(length + text) != header:
+                raise CheckpointError(f"{path} is damaged: its header is not the one that was written")
+            self._file: Any = safe_open(path, framework="pt")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing") from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def read(self, piece: Piece, digest: str, target: torch.Tensor) -> None:
+        """Copy a piece into the one-dimensional ``target``, which has its dtype and length.
+
+        Raises:
+            CheckpointError: it is not what was written.
+        """
+        try:
+            found = self._file.get_tensor(piece.key)
+            intact = hash_of(found.view(torch.uint8).numpy()) == digest
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._path} cannot be read: {error}") from error
+        if not intact or found.dtype != target.dtype or found.shape != target.shape:
+            raise CheckpointError(
+                f"{self._path} is damaged: elements {piece.start} to {piece.stop} of {piece.name} "
+                "are not what was written"
+            )
+        target.copy_(found)

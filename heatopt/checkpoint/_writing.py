@@ -1,0 +1,240 @@
+"""Writing, at once or in a thread. The thread never talks to other ranks; their reports are files."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from heatopt._log import logger
+from heatopt.checkpoint._agreement import raise_together
+from heatopt.checkpoint._files import MANIFEST, discard, publish, read_text, write_file
+from heatopt.checkpoint._manifest import FileEntry, Manifest, render
+from heatopt.checkpoint._pieces import Piece
+from heatopt.checkpoint._rank_file import Written, file_name, write_pieces
+from heatopt.comm import Communicator
+from heatopt.errors import CheckpointError
+
+__all__ = ["SaveHandle", "Writer", "finish_pending"]
+
+_pending: weakref.WeakKeyDictionary[Communicator, SaveHandle] = weakref.WeakKeyDictionary()
+
+_POLL_SECONDS = 0.02
+# How long rank 0's thread waits for the others once its own program has ended.
+_GRACE_SECONDS = 60.0
+
+
+class Writer:
+    """One rank's part of a save.
+
+    Args:
+        rank: this rank.
+        size: number of ranks.
+        temporary: the directory to write to.
+        target: the name that it gets.
+        manifest: what is in it; its files and pieces are filled in when they are known.
+        pieces: this rank's pieces, each with its stored tensor.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        temporary: str,
+        target: str,
+        manifest: Manifest,
+        pieces: list[tuple[Piece, torch.Tensor]],
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self._temporary = temporary
+        self._target = target
+        self._manifest = manifest
+        self._pieces = pieces
+
+    def copy_to_host(self) -> None:
+        """Become independent of the memory that training changes."""
+        self._pieces = [(piece, flat[piece.start : piece.stop].to("cpu", copy=True)) for piece, flat in self._pieces]
+
+    def write(self) -> Written:
+        """Write this rank's file."""
+        written = write_pieces(os.path.join(self._temporary, file_name(self.rank)), self._pieces)
+        self._pieces = []
+        return written
+
+    def publish(self, reports: Sequence[Written]) -> None:
+        """Write the manifest and give the checkpoint its name. On rank 0, when all ranks have written."""
+        manifest = self._manifest
+        manifest.files = [FileEntry(file_name(rank), report.size, report.header) for rank, report in enumerate(reports)]
+        for rank, report in enumerate(reports):
+            for key, digest in report.hashes.items():
+                name, _, start = key.rpartition(":")
+                manifest.tensors[name].pieces.append((rank, int(start), 0, digest))
+        self._set_ends()
+        write_file(os.path.join(self._temporary, MANIFEST), [render(manifest).encode()])
+        publish(self._temporary, self._target)
+
+    def _set_ends(self) -> None:
+        """A piece ends where the next one begins."""
+        for entry in self._manifest.tensors.values():
+            entry.pieces.sort(key=lambda piece: piece[1])
+            if entry.pieces:
+                starts = [piece[1] for piece in entry.pieces] + [entry.count()]
+                entry.pieces = [
+                    (file, start, stop, digest)
+                    for (file, start, _, digest), stop in zip(entry.pieces, starts[1:], strict=True)
+                ]
+
+    # In the background ranks meet through files
+
+    def report(self, written: Written | None, error: Exception | None) -> None:
+        """Tell rank 0 that this rank's file is complete, or that it never will be."""
+        content = {"error": f"{type(error).__name__}: {error}"} if written is None else asdict(written)
+        path = self._report_path(self.rank)
+        try:
+            write_file(path + ".part", [json.dumps(content).encode()])
+            os.rename(path + ".part", path)
+        except OSError as failure:
+            logger.error("rank %d cannot tell rank 0 about its part of the checkpoint: %s", self.rank, failure)
+
+    def collect(self, timeout: float, cancelled: threading.Event) -> list[Written]:
+        """Wait for the reports of the other ranks.
+
+        Raises:
+            CheckpointError: one of them failed, or has not reported in time.
+        """
+        deadline = time.monotonic() + timeout
+        ending = False
+        reports = []
+        for rank in range(1, self.size):
+            path = self._report_path(rank)
+            while not os.path.exists(path):
+                if not ending and not threading.main_thread().is_alive():
+                    ending = True
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                if cancelled.is_set() or time.monotonic() > deadline:
+                    raise CheckpointError(f"rank {rank} has not written its part of the checkpoint {self._target}")
+                time.sleep(_POLL_SECONDS)
+            content = json.loads(read_text(path))
+            if "error" in content:
+                raise CheckpointError(f"rank {rank}: {content['error']}")
+            reports.append(Written(**content))
+        for rank in range(1, self.size):
+            os.unlink(self._report_path(rank))
+        return reports
+
+    def _report_path(self, rank: int) -> str:
+        return os.path.join(self._temporary, f"report-{rank:05d}.json")
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        if os.path.isdir(self._temporary):
+            discard(self._temporary)
+
+
+class SaveHandle:
+    """A save that may still be writing.
+
+    Args:
+        comm: the ranks.
+        writer: this rank's part.
+        background: write in a thread.
+    """
+
+    def __init__(self, comm: Communicator, writer: Writer, background: bool) -> None:
+        self._comm = comm
+        self._writer = writer
+        self._finished = False
+        self._error: Exception | None = None
+        self._write_error: Exception | None = None
+        self._written = threading.Event()
+        self._cancelled = threading.Event()
+        self._thread: threading.Thread | None = None
+        if background:
+            writer.copy_to_host()
+            # Not a daemon: a program that ends completes its checkpoint first.
+            self._thread = threading.Thread(target=self._work, name="heatopt-save")
+            _pending[comm] = self
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Return once the checkpoint is in place. Collective; again, it does nothing.
+
+        Raises:
+            CheckpointError: on all ranks, if one of them could not write; whatever was at the path is still there.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        if _pending.get(self._comm) is self:
+            del _pending[self._comm]
+        try:
+            if self._thread is None:
+                self._write_now()
+            else:
+                self._written.wait()
+                self._agree(self._write_error)
+                self._thread.join()
+                self._agree(self._error)
+        except Exception:
+            self._cancelled.set()
+            if self._thread is not None:
+                self._thread.join()
+            if self._comm.rank == 0:
+                self._writer.discard()
+            raise
+
+    def _agree(self, error: Exception | None) -> None:
+        raise_together(self._comm, error, "save(): comparison of what was written")
+
+    def _write_now(self) -> None:
+        report, error = None, None
+        try:
+            report = self._writer.write()
+        except Exception as caught:
+            error = caught
+        self._agree(error)
+        reports = self._comm.exchange_objects(report, "save(): hashes of the files")
+        if self._comm.rank == 0:
+            try:
+                self._writer.publish([found for found in reports if found is not None])
+            except Exception as caught:
+                error = caught
+        self._agree(error)
+
+    def _work(self) -> None:
+        """What the thread does."""
+        try:
+            report = None
+            try:
+                report = self._writer.write()
+            except Exception as error:
+                self._write_error = error
+                raise
+            finally:
+                self._written.set()
+                if self._comm.rank != 0:
+                    self._writer.report(report, self._write_error)
+            if self._comm.rank == 0:
+                others = self._writer.collect(self._comm.timeout, self._cancelled)
+                self._writer.publish([report, *others])
+        except Exception as error:
+            logger.error("rank %d: the save in the background failed: %s", self._comm.rank, error)
+            self._error = error
+
+
+def finish_pending(comm: Communicator) -> None:
+    """Wait for the save that is still going on, if there is one. Collective.
+
+    Raises:
+        CheckpointError: it failed.
+    """
+    handle = _pending.get(comm)
+    if handle is not None:
+        handle.wait()
