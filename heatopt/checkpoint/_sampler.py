@@ -161,9 +161,7 @@ class ResumableSampler(Sampler[int]):
             raise ValueError(f"the state must have the keys {sorted(own)}, got {sorted(state_dict)}")
         for name in ("length", "seed", "shuffle"):
             if state_dict[name] != own[name]:
-                raise ValueError(
-                    f"the state is that of a sampler with {name}={state_dict[name]}, here it is {own[name]}"
-                )
+                raise ValueError(f"the state has {name}={state_dict[name]}, this sampler has {name}={own[name]}")
         _check_count("epoch", state_dict["epoch"])
         _check_count("position", state_dict["position"])
         self._begin(state_dict["epoch"], min(state_dict["position"], self._length))

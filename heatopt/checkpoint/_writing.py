@@ -19,7 +19,7 @@ from heatopt.checkpoint._manifest import FileEntry, Manifest, render
 from heatopt.checkpoint._pieces import Piece
 from heatopt.checkpoint._rank_file import Written, file_name, write_pieces
 from heatopt.comm import Communicator
-from heatopt.errors import CheckpointError
+from heatopt.errors import CheckpointError, CollectiveTimeoutError, RankFailedError
 
 __all__ = ["SaveHandle", "Writer", "finish_pending"]
 
@@ -93,15 +93,21 @@ class Writer:
 
     # In the background ranks meet through files
 
-    def report(self, written: Written | None, error: Exception | None) -> None:
-        """Tell rank 0 that this rank's file is complete, or that it never will be."""
-        content = {"error": f"{type(error).__name__}: {error}"} if written is None else asdict(written)
-        path = self._report_path(self.rank)
+    def report(self, written: Written) -> None:
+        """Tell rank 0 that this rank's file is complete."""
+        self._tell(asdict(written))
+
+    def report_failure(self, error: Exception) -> None:
+        """Tell rank 0 that this rank's file never will be complete, if there is a way."""
         try:
-            write_file(path + ".part", [json.dumps(content).encode()])
-            os.rename(path + ".part", path)
+            self._tell({"error": f"{type(error).__name__}: {error}"})
         except OSError as failure:
-            logger.error("rank %d cannot tell rank 0 about its part of the checkpoint: %s", self.rank, failure)
+            logger.error("rank %d cannot tell rank 0 that it failed: %s", self.rank, failure)
+
+    def _tell(self, content: dict[str, object]) -> None:
+        path = self._report_path(self.rank)
+        write_file(path + ".part", [json.dumps(content).encode()])
+        os.rename(path + ".part", path)
 
     def collect(self, timeout: float, cancelled: threading.Event) -> list[Written]:
         """Wait for the reports of the other ranks.
@@ -182,10 +188,13 @@ class SaveHandle:
                 self._agree(self._write_error)
                 self._thread.join()
                 self._agree(self._error)
-        except Exception:
+        except Exception as error:
             self._cancelled.set()
+            if isinstance(error, (RankFailedError, CollectiveTimeoutError)):
+                raise  # the others cannot be asked whether they have stopped; the next save clears up
             if self._thread is not None:
                 self._thread.join()
+            self._comm.exchange_objects(None, "save(): all have stopped writing")
             if self._comm.rank == 0:
                 self._writer.discard()
             raise
@@ -208,25 +217,30 @@ class SaveHandle:
                 error = caught
         self._agree(error)
 
+    def _write_and_report(self) -> Written:
+        try:
+            report = self._writer.write()
+            if self._comm.rank != 0:
+                self._writer.report(report)
+        except Exception as error:
+            self._write_error = error
+            if self._comm.rank != 0:
+                self._writer.report_failure(error)
+            raise
+        finally:
+            self._written.set()
+        return report
+
     def _work(self) -> None:
         """What the thread does."""
         try:
-            report = None
-            try:
-                report = self._writer.write()
-            except Exception as error:
-                self._write_error = error
-                raise
-            finally:
-                self._written.set()
-                if self._comm.rank != 0:
-                    self._writer.report(report, self._write_error)
+            report = self._write_and_report()
             if self._comm.rank == 0:
                 others = self._writer.collect(self._comm.timeout, self._cancelled)
                 self._writer.publish([report, *others])
-        except Exception as error:
+        except BaseException as error:  # nobody else would hear of it
             logger.error("rank %d: the save in the background failed: %s", self._comm.rank, error)
-            self._error = error
+            self._error = error if isinstance(error, Exception) else CheckpointError(f"the thread ended: {error!r}")
 
 
 def finish_pending(comm: Communicator) -> None:
