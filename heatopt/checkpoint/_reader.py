@@ -31,6 +31,12 @@ class Reader:
         self._rank = rank
         self._files: dict[int, RankFile] = {}
 
+    def of_rank(self, rank: int) -> Reader:
+        """Reads the parts of another rank, from the same open files."""
+        other = Reader(self._directory, self._manifest, rank)
+        other._files = self._files
+        return other
+
     def check_files(self) -> None:
         """Check that all files are there and whole, but for their contents.
 

@@ -1,0 +1,72 @@
+"""Saves a checkpoint after each step, or goes on from one.
+
+    checkpoint.py PATH save|background [RANK CALL]    one rank kills itself at a call of the writer in the third save
+    checkpoint.py PATH resume                         goes on to the sixth step
+    checkpoint.py PATH straight                       six steps without a stop
+
+Each rank writes its parameters' sum on stdout at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+import heatopt
+from heatopt.checkpoint import _files
+
+STEPS = 6
+STRANGE_STEP = 2
+
+
+class DeadlyOS:
+    """:mod:`os`, of which one call is the end."""
+
+    def __init__(self, last: int) -> None:
+        self._left = last
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        if name not in ("open", "write", "fsync", "rename", "unlink", "rmdir"):
+            return function
+
+        def call(*arguments: Any) -> Any:
+            if self._left == 0:
+                sys.stderr.write("fault\n")
+                sys.stderr.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._left -= 1
+            return function(*arguments)
+
+        return call
+
+
+def main() -> None:
+    path, mode = sys.argv[1:3]
+    comm = heatopt.world()
+    torch.manual_seed(comm.rank)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Dropout(), torch.nn.Linear(5, 2))
+    optimizer = heatopt.DataParallelOptimizer(torch.optim.NAdam(model.parameters(), lr=0.1), model=model)
+    scheduler = heatopt.lr_scheduler.StepLR(optimizer, 2)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    first = heatopt.load(path, **parts)["step"] if mode == "resume" else 0
+    last = STEPS // 2 if mode in ("save", "background") else STEPS
+    for step in range(first, last):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        if mode in ("save", "background"):
+            if step == STRANGE_STEP and len(sys.argv) > 3 and comm.rank == int(sys.argv[3]):
+                _files.os = DeadlyOS(int(sys.argv[4]))  # type: ignore[assignment]
+            heatopt.save(path, **parts, extra={"step": step + 1}, background=mode == "background")
+    total = sum(float(p.detach().double().sum()) for p in model.parameters())
+    sys.stdout.write(f"rank {comm.rank} has finished with {total!r}\n")
+
+
+if __name__ == "__main__":
+    main()
