@@ -10,11 +10,31 @@ from typing import Any
 
 import torch
 
-__all__ = ["decode", "dtype_name", "encode", "named_dtype"]
+__all__ = ["TensorTable", "decode", "dtype_name", "encode", "named_dtype"]
 
 # An object with one of these as its only key stands for something that JSON does not have.
 _FLOAT, _TUPLE, _DICT, _COUNTER = "$float", "$tuple", "$dict", "$counter"
 _TENSOR, _SPARSE, _DTYPE = "$tensor", "$sparse", "$dtype"
+
+
+class TensorTable(dict[str, torch.Tensor]):
+    """Tensors by name; one that is met again under another name (tied parameters) is there once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[tuple[object, ...], str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> str:
+        """Add a tensor and return its name, which is not ``name`` where that is taken or the tensor is there already."""
+        same = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+        if tensor.numel() and same in self._names:
+            return self._names[same]
+        unique, number = name, 1
+        while unique in self:
+            unique, number = f"{name}~{number}", number + 1
+        self[unique] = tensor
+        self._names[same] = unique
+        return unique
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -34,7 +54,7 @@ def named_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def encode(value: Any, name: str, tensors: TensorTable) -> Any:
     """Return what :mod:`json` can write; tensors are added to ``tensors`` and named after their place.
 
     Raises:
@@ -47,7 +67,7 @@ def encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
         raise ValueError(f"{name} holds itself, or is nested too deeply") from None
 
 
-def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, name: str, tensors: TensorTable) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value if value is None or isinstance(value, bool) else str(value)
     if isinstance(value, int):
@@ -70,7 +90,7 @@ def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     )
 
 
-def _encode_dict(value: dict[Any, Any], name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode_dict(value: dict[Any, Any], name: str, tensors: TensorTable) -> Any:
     plain = not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value)
     if plain:
         return {str(key): _encode(item, f"{name}/{key}", tensors) for key, item in value.items()}
@@ -81,7 +101,7 @@ def _encode_dict(value: dict[Any, Any], name: str, tensors: dict[str, torch.Tens
     return {_COUNTER if isinstance(value, Counter) else _DICT: pairs}
 
 
-def _encode_tensor(tensor: torch.Tensor, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode_tensor(tensor: torch.Tensor, name: str, tensors: TensorTable) -> Any:
     tensor = tensor.detach()
     if tensor.layout == torch.sparse_coo:
         parts = [
@@ -91,11 +111,7 @@ def _encode_tensor(tensor: torch.Tensor, name: str, tensors: dict[str, torch.Ten
         return {_SPARSE: [*parts, list(tensor.shape), tensor.is_coalesced()]}
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise TypeError(f"{name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}: not supported")
-    unique, number = name, 1
-    while unique in tensors:
-        unique, number = f"{name}~{number}", number + 1
-    tensors[unique] = tensor
-    return {_TENSOR: unique}
+    return {_TENSOR: tensors.add(name, tensor)}
 
 
 def decode(value: Any, tensor: Callable[[str], Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from heatopt.checkpoint._codec import dtype_name, encode
+from heatopt.checkpoint._codec import TensorTable, dtype_name, encode
 from heatopt.comm import Communicator, world
 
 __all__ = ["REPLICATED", "check_objects", "check_path", "choose_communicator", "encode_all", "kind_of", "parameters_of"]
@@ -76,7 +76,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[list[tuple[str, list
     return [[(dtype_name(p.dtype), list(p.shape)) for p in group["params"]] for group in optimizer.param_groups]
 
 
-def encode_all(objects: Mapping[str, Any], extra: object, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def encode_all(objects: Mapping[str, Any], extra: object, tensors: TensorTable) -> dict[str, Any]:
     """Encode the state of each object that is not None, and ``extra``.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from heatopt.checkpoint._agreement import raise_together
-from heatopt.checkpoint._codec import dtype_name, encode
+from heatopt.checkpoint._codec import TensorTable, dtype_name, encode
 from heatopt.checkpoint._contents import (
     REPLICATED,
     check_objects,
@@ -108,19 +108,19 @@ def _plan(
     comm: Communicator, objects: dict[str, Any], extra: object
 ) -> tuple[Manifest, list[tuple[Piece, torch.Tensor]]]:
     """Agree on what is in the checkpoint, and find this rank's pieces of it."""
-    tensors: Tensors = {}
+    tensors, generators = TensorTable(), TensorTable()
     sections: dict[str, Any] = {}
-    private: Tensors = {}
     error = None
     try:
         sections = encode_all(objects, extra, tensors)
-        random = encode(generator_states(), "random", private)
+        random = encode(generator_states(), "random", generators)
     except (TypeError, ValueError) as caught:
         error = caught
     raise_together(comm, error, "save(): reading of states")
     differing = _compare(comm, sections, tensors)
     _compare_tensors(comm, {name: t for name, t in tensors.items() if _section(name) not in differing}, differing)
-    private |= {name: t for name, t in tensors.items() if name in differing or _section(name) in differing}
+    private = {name: t for name, t in tensors.items() if name in differing or _section(name) in differing}
+    private |= generators
     common = {name: t for name, t in tensors.items() if name not in private}
     own_sections = {name: sections.pop(name) for name in differing if name in sections} | {"random": random}
 

@@ -22,27 +22,25 @@ def step_of(path: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("size", "rank", "call", "step"),
+    ("size", "rank", "call", "number", "step"),
     [
-        (2, 1, 1, 2),  # in the first write of its file
-        (3, 2, 0, 2),
-        (2, 0, 9, 2),  # in the manifest
-        (2, 0, -2, 3),  # while the old one is removed
+        (3, 2, "open", 0, 2),
+        (2, 1, "write", 1, 2),
+        (2, 0, "rename", 1, 2),  # the old one has another name by then
+        (2, 0, "unlink", 0, 3),  # of the old one
     ],
-    ids=["write", "open", "manifest", "removal"],
+    ids=["open", "write", "rename", "unlink"],
 )
-def test_killed_while_it_saves(size: int, rank: int, call: int, step: int, tmp_path: Path) -> None:
+def test_killed_while_it_saves(size: int, rank: int, call: str, number: int, step: int, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    # Calls of rank 0: file, manifest, two directories, two renames; then unlink of each file, and rmdir.
-    job = launch("checkpoint.py", path, "save", rank, call if call >= 0 else 200, size=size)
-    if call < 0:
-        assert job.returncode == 0, job.text
-    else:
-        assert job.returncode != 0, job.text
-        assert "has finished" not in job.stdout
+    job = launch("checkpoint.py", path, "save", rank, call, number, size=size)
+    assert job.returncode != 0, job.text
+    assert job.after_fault is not None, job.text
+    assert "has finished" not in job.stdout
+    assert len(list(tmp_path.iterdir())) == 2
     assert step_of(path) == step
-    assert launch("checkpoint.py", path, "save", size=2).returncode == 0
-    assert step_of(path) == 3
+    heatopt.save(path, extra=1, comm=SingleCommunicator())
+    assert heatopt.load(path, comm=SingleCommunicator()) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
 
 

@@ -389,6 +389,28 @@ def test_large_tensors_have_several_pieces(ranks: Ranks, tmp_path: Path, monkeyp
     ranks(body)
 
 
+def test_tied_parameters_are_written_once(ranks: Ranks, tmp_path: Path) -> None:
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+
+        def make(seed: int) -> nn.Module:
+            model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 50, bias=False))
+            model[1].weight = model[0].weight
+            nn.init.constant_(model[0].weight, seed)
+            return model
+
+        rate = torch.tensor(0.5)
+        heatopt.save(path, model=make(3), extra={"model": [rate, rate]}, comm=comm)
+        stored = [t for file in path.glob("rank*") for key, t in load_file(file).items() if key.startswith("model")]
+        assert sum(t.numel() for t in stored) == 50 * 8
+        again = make(0)
+        one, other = heatopt.load(path, model=again, comm=comm)["model"]
+        assert one is other
+        assert (again[1].weight == 3).all()
+
+    ranks(body)
+
+
 # In the background
 
 

@@ -1,6 +1,6 @@
 """Saves a checkpoint after each step, or goes on from one.
 
-    checkpoint.py PATH save|background [RANK CALL]    one rank kills itself at a call of the writer in the third save
+    checkpoint.py PATH save|background [RANK CALL NUMBER]    one rank kills itself at a call of the third save
     checkpoint.py PATH resume                         goes on to the sixth step
     checkpoint.py PATH straight                       six steps without a stop
 
@@ -26,12 +26,13 @@ STRANGE_STEP = 2
 class DeadlyOS:
     """:mod:`os`, of which one call is the end."""
 
-    def __init__(self, last: int) -> None:
-        self._left = last
+    def __init__(self, name: str, number: int) -> None:
+        self._name = name
+        self._left = number
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(os, name)
-        if name not in ("open", "write", "fsync", "rename", "unlink", "rmdir"):
+        if name != self._name:
             return function
 
         def call(*arguments: Any) -> Any:
@@ -62,7 +63,7 @@ def main() -> None:
         scheduler.step()
         if mode in ("save", "background"):
             if step == STRANGE_STEP and len(sys.argv) > 3 and comm.rank == int(sys.argv[3]):
-                _files.os = DeadlyOS(int(sys.argv[4]))  # type: ignore[assignment]
+                _files.os = DeadlyOS(sys.argv[4], int(sys.argv[5]))  # type: ignore[assignment]
             heatopt.save(path, **parts, extra={"step": step + 1}, background=mode == "background")
     total = sum(float(p.detach().double().sum()) for p in model.parameters())
     sys.stdout.write(f"rank {comm.rank} has finished with {total!r}\n")
