@@ -25,8 +25,16 @@ class TensorTable(dict[str, torch.Tensor]):
         self._names: dict[tuple[object, ...], str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
-        """Add a tensor and return its name, which is not ``name`` where that is taken or the tensor is there already."""
-        same = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+        """Add a tensor and return its name: another one where ``name`` is taken or the tensor is there already."""
+        same = (
+            tensor.data_ptr(),
+            tensor.device,
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            tensor.is_conj(),
+            tensor.is_neg(),
+        )
         if tensor.numel() and same in self._names:
             return self._names[same]
         unique, number = name, 1

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,7 +84,9 @@ def rank_key(rank: int, name: str) -> str:
 
 def render(manifest: Manifest) -> str:
     """The text of the file."""
-    body = {"heatopt": __version__, "torch": str(torch.__version__), **asdict(manifest)}
+    body = {"heatopt": __version__, "torch": str(torch.__version__), **vars(manifest)}
+    body["files"] = [vars(entry) for entry in manifest.files]
+    body["tensors"] = {name: vars(entry) for name, entry in manifest.tensors.items()}
     return _render(body)
 
 
@@ -93,8 +95,13 @@ def _render(body: dict[str, Any]) -> str:
     return _dump({"format": _FORMAT, "version": _VERSION, "blake2b": digest, **body}) + "\n"
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False)
+def _dump(value: Any, levels: int = 2) -> str:
+    """JSON, with a line for each entry of the outer levels; more lines would take much longer."""
+    if not levels or not value or not isinstance(value, (dict, list)):
+        return json.dumps(value, allow_nan=False)
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(_dump(item, levels - 1) for item in value) + "\n]"
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_dump(item, levels - 1)}" for key, item in value.items()) + "\n}"
 
 
 def parse(text: str, path: str) -> Manifest:
