@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 
 Buffer = bytes | memoryview
 
-_OURS = re.compile(rf"{re.escape(MANIFEST)}|rank-\d{{5}}\.safetensors")
+_OURS = re.compile(rf"{re.escape(MANIFEST)}|rank-\d{{5,}}\.safetensors")
 
 
 def write_file(path: str, chunks: Iterable[Buffer]) -> None:

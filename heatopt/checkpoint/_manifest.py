@@ -21,7 +21,7 @@ __all__ = ["FileEntry", "Manifest", "TensorEntry", "parse", "rank_key", "render"
 
 _FORMAT = "heatopt checkpoint"
 _VERSION = 1
-_FILE_NAME = re.compile(r"rank-\d{5}\.safetensors")
+_FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
