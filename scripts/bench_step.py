@@ -67,6 +67,11 @@ def with_heatopt(workload: Workload, model: nn.Module) -> Contender:
     return Contender(model, model, optimizer)
 
 
+def with_shards(workload: Workload, model: nn.Module) -> Contender:
+    inner = workload.make_optimizer(list(model.parameters()))
+    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model, shard="state"))
+
+
 def with_ddp(workload: Workload, model: nn.Module) -> Contender:
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return Contender(model, wrapped, workload.make_optimizer(list(model.parameters())))
@@ -97,6 +102,7 @@ def with_fsdp(workload: Workload, model: nn.Module) -> Contender:
 CONTENDERS: dict[str, Callable[[Workload, nn.Module], Contender]] = {
     FLOOR: plain,
     "heatopt": with_heatopt,
+    'heatopt shard="state"': with_shards,
     DDP: with_ddp,
     "DDP + ZeroRedundancy": with_zero_redundancy,
     "FSDP2 gloo": with_fsdp,
@@ -111,7 +117,7 @@ def measure(comm: Communicator, workload: Workload, options: argparse.Namespace)
     for name in options.contenders:
         torch.manual_seed(0)
         contenders[name] = CONTENDERS[name](workload, workload.make_model())
-        for step in range(options.warm_up if name == "heatopt" else _COMPARED_STEPS):
+        for step in range(options.warm_up if name.startswith("heatopt") else _COMPARED_STEPS):
             contenders[name].step(workload, batch)
             if step == _COMPARED_STEPS - 1 and name != FLOOR:
                 digests[name] = contenders[name].digest()

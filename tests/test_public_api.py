@@ -309,7 +309,7 @@ def plain() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
 
 
-@pytest.mark.parametrize("keyword", ["buckets", "shard", "fused"])
+@pytest.mark.parametrize("keyword", ["buckets", "sharded", "fused"])
 def test_unknown_keyword(plain: torch.optim.Optimizer, keyword: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
         heatopt.DataParallelOptimizer(plain, **{keyword: None})  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 
 from heatopt.comm._collectives import broadcast_flat, gather_flat, reduce_flat, reduce_scatter_rows
 from heatopt.comm._group import RankGroup, Words
-from heatopt.comm._node_reduction import BucketMemory, ReduceOptions
+from heatopt.comm._node_reduction import BucketMemory, ReduceOptions, Take
 from heatopt.comm._reducer import BucketReducer
 from heatopt.comm._tensors import check_reduction, describe_call, flatten
 from heatopt.comm._topology import Topology
@@ -201,6 +201,10 @@ class Communicator(RankGroup):
             self._run(steps, what)
             return None
         return self._launch(steps, what)
+
+    def share_memory(self, memory: BucketMemory, take: Take, what: str) -> None:
+        """Show what the other ranks have in their ``memory.own`` to ``take(rank, theirs)``."""
+        self._run(self._reducer.share_steps(self, memory, take), what)
 
     def progress(self) -> None:
         """Advance what has been launched, without blocking."""

@@ -8,6 +8,7 @@ owner hands the result to its neighbours. Sums are in rank order within a node, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,10 @@ from heatopt.comm._shared_memory import Lane, NodeMemory
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
 
-__all__ = ["BucketMemory", "NodeReduction", "ReduceOptions"]
+__all__ = ["BucketMemory", "NodeReduction", "ReduceOptions", "Take"]
+
+Take = Callable[[int, torch.Tensor], None]
+"""Is given a rank and its memory, to be read before it returns."""
 
 
 @dataclass(frozen=True)
@@ -86,4 +90,12 @@ class NodeReduction:
                     self._across, total, "sum", options.divisor, options.blocking, options.wire_dtype
                 )
                 spread(total, parts)
+        yield self._node.arrive(Lane.FINISH)
+
+    def share_steps(self, memory: BucketMemory, take: Take) -> Steps[None]:
+        """Show the neighbours' segments to ``take``; nobody writes into one before all have seen it."""
+        yield self._node.arrive(Lane.LAUNCH)
+        for rank, segment in enumerate(memory.segments):
+            if rank != memory.position:
+                take(rank, segment)
         yield self._node.arrive(Lane.FINISH)

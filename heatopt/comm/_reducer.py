@@ -8,9 +8,9 @@ from enum import Enum
 import torch
 
 from heatopt._log import logger
-from heatopt.comm._collectives import reduce_flat
+from heatopt.comm._collectives import gather_flat, reduce_flat
 from heatopt.comm._group import MAX_NODE_WORDS, RankGroup
-from heatopt.comm._node_reduction import BucketMemory, NodeReduction, ReduceOptions
+from heatopt.comm._node_reduction import BucketMemory, NodeReduction, ReduceOptions, Take
 from heatopt.comm._settings import shared_memory_wanted
 from heatopt.comm._shared_memory import NodeMemory
 from heatopt.comm._transport import Transport
@@ -66,10 +66,23 @@ class BucketReducer:
         wire_dtype = options.wire_dtype if group.num_nodes > 1 else None
         return reduce_flat(group, memory.own, "sum", options.divisor, options.blocking, wire_dtype)
 
+    def share_steps(self, group: RankGroup, memory: BucketMemory, take: Take) -> Steps[None]:
+        """Show the memory of each other rank of ``group`` to ``take``."""
+        if self._node is not None and memory.shared and group.num_nodes == 1:
+            return self._node.share_steps(memory, take)
+        return _share_by_gather(group, memory.own, take)
+
     def close(self) -> None:
         """Let go of the node's memory; what lives in it keeps it."""
         self._node = None
         self._state = _State.PRIVATE
+
+
+def _share_by_gather(group: RankGroup, own: torch.Tensor, take: Take) -> Steps[None]:
+    rows = yield from gather_flat(group, own, True)
+    for rank, row in enumerate(rows):
+        if rank != group.rank:
+            take(rank, row)
 
 
 def _open_node(group: RankGroup, make_group: MakeGroup) -> NodeReduction | None:

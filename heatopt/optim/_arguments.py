@@ -10,10 +10,12 @@ import torch
 
 from heatopt.comm import Communicator, check_timeout
 from heatopt.optim._flat import check_elementwise
+from heatopt.sharding import check_shardable
 from heatopt.sync import SyncSettings
 
 __all__ = ["check_arguments", "parameter_names", "route_around_fused_sgd"]
 
+_SHARDS = ("none", "state")
 _MODULES_WITH_SPARSE_WEIGHT = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 
 
@@ -29,12 +31,13 @@ def check_arguments(
     reproducible: object,
     timeout: object,
     fuse: object,
+    shard: object,
 ) -> SyncSettings:
     """Return the settings.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a number out of its range, or an algorithm that cannot be fused.
+        ValueError: a number out of its range, an unknown choice, or an algorithm that cannot be fused or sharded.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -60,6 +63,7 @@ def check_arguments(
         raise TypeError(f"fuse must be True or False, got {fuse!r}")
     if fuse:
         check_elementwise(optimizer)
+    shard = _check_shard(shard, optimizer, fuse)
     return SyncSettings(
         algorithm=type(optimizer).__name__,
         bucket_mb=_check_bucket_mb(bucket_mb),
@@ -70,7 +74,20 @@ def check_arguments(
         timeout=None if timeout is None else check_timeout(timeout),
         sparse=_sparse_parameters(optimizer, model),
         fuse=fuse,
+        shard=shard,
     )
+
+
+def _check_shard(shard: object, optimizer: torch.optim.Optimizer, fuse: bool) -> str:
+    if not isinstance(shard, str):
+        raise TypeError(f"shard must be one of {', '.join(map(repr, _SHARDS))}, got {shard!r}")
+    if shard not in _SHARDS:
+        raise ValueError(f"shard must be one of {', '.join(map(repr, _SHARDS))}, got {shard!r}")
+    if shard != "none":
+        check_shardable(optimizer)
+        if fuse:
+            raise ValueError(f"fuse=True and shard={shard!r} cannot be combined yet; choose one of them")
+    return shard
 
 
 def _check_bucket_mb(bucket_mb: object) -> float | None:

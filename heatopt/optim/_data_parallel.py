@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,9 +12,11 @@ import torch
 from heatopt.comm import Communicator, world
 from heatopt.optim._arguments import check_arguments, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
+from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._flat import FlatStepper
 from heatopt.optim._ownership import claim, refuse_owned
+from heatopt.sharding import ShardedStates, States, WholeStates
 from heatopt.sync import (
     Call,
     Gradients,
@@ -29,8 +30,6 @@ from heatopt.sync import (
 )
 
 __all__ = ["DataParallelOptimizer"]
-
-Closure = Callable[[], Any]
 
 
 class DataParallelOptimizer(torch.optim.Optimizer):
@@ -70,6 +69,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         fuse: update neighbouring parameters as one tensor, by torch's fused kernel where there is one and the group
             does not forbid it: much faster for many small parameters. Their data and states are moved into memory that
             they share (checkpoints are the same). For all algorithms but Adafactor, LBFGS, Muon and SparseAdam.
+        shard: ``"state"``: each rank keeps the optimizer state of its part of the parameters alone, updates that part,
+            and receives the others, with the results of ``"none"`` (the default). ``state`` shows that part; ``join()``
+            makes them whole. Not for LBFGS, nor with ``fuse``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -96,6 +98,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         reproducible: bool = False,
         timeout: float | None = None,
         fuse: bool = False,
+        shard: str = "none",
     ) -> None:
         settings = check_arguments(
             torch_optimizer,
@@ -108,6 +111,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             reproducible=reproducible,
             timeout=timeout,
             fuse=fuse,
+            shard=shard,
         )
         if isinstance(torch_optimizer, DataParallelOptimizer):
             raise ValueError("torch_optimizer is a DataParallelOptimizer already; use it as it is")
@@ -123,6 +127,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         comm: Communicator,
         names: dict[int, str],
         settings: SyncSettings,
+        layout: Any = None,
     ) -> None:
         """Set every attribute. torch's own constructor is not called: it would add the parameter groups again."""
         self.torch_optimizer = torch_optimizer
@@ -130,14 +135,20 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self._comm = comm
         self._names = names
         self._settings = settings
-        self._stepper = FlatStepper(torch_optimizer) if settings.fuse else torch_optimizer
         if isinstance(torch_optimizer, torch.optim.SGD):
             for group in torch_optimizer.param_groups:
                 route_around_fused_sgd(group)
-        # The callback must not hold this wrapper, which is to die with its last user.
+        self._stepper: Any = FlatStepper(torch_optimizer) if settings.fuse else torch_optimizer
+        self._states: States = WholeStates(torch_optimizer)
         self._gradients: Gradients = LocalGradients()
         if comm.size > 1:
-            self._gradients = GradientSync(comm, lambda: torch_optimizer.param_groups, names, settings)
+            # The callback must not hold this wrapper, which is to die with its last user.
+            sync = GradientSync(comm, lambda: torch_optimizer.param_groups, names, settings)
+            self._gradients = sync
+            if settings.shard == "state":
+                self._stepper = self._states = ShardedStates(
+                    torch_optimizer, sync.channel, sync.meet_for_states, layout
+                )
         super().__setstate__({})  # hooks' dictionaries and torch's profiling
         claim(self._parameters(), self)
 
@@ -201,8 +212,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             changed = pre_hook(self, arguments, keywords)
             if changed is not None:
                 arguments, keywords = changed
-        inner_step: Callable[..., Any] = self._stepper.step
-        result = inner_step(*map(self._averaging, arguments[1:]), **keywords)
+        result = self._stepper.step(*(averaged(c, self._gradients) for c in arguments[1:]), **keywords)
         self._gradients.consume()
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, arguments, keywords)
@@ -210,23 +220,6 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     # torch would wrap `step` with its profiling and its global hooks, which the wrapped optimizer's step runs already.
     step.hooked = True  # type: ignore[attr-defined]
-
-    def _averaging(self, closure: Closure | None) -> Closure | None:
-        """``closure``, with the reduction inside it."""
-        if closure is None or self._comm.size == 1:
-            return closure
-
-        def averaged() -> Any:
-            loss = closure()
-            number = loss.detach() if isinstance(loss, torch.Tensor) else loss
-            rows = self._gradients.settle(Call.CLOSURE, math.nan if number is None else float(number))
-            if loss is None:
-                return None
-            losses = [row.payload for row in rows if row.call == Call.CLOSURE]
-            mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else sum(losses) / len(losses)
-            return torch.full_like(number, mean) if isinstance(number, torch.Tensor) else mean
-
-        return averaged
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
@@ -250,11 +243,12 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         scheduler's own counter, a GradScaler, the module's buffers) are left alone: step schedulers outside, or load
         their state from that rank.
         """
-        with self._gradients.join():
-            yield
-            root = self._gradients.serve_joined()
-        broadcast_tensors(self._comm, self._parameters(), root, "the broadcast of parameters after join()")
-        broadcast_state(self._comm, self.torch_optimizer, root)
+        with self._states.kept_whole():
+            with self._gradients.join():
+                yield
+                root = self._gradients.serve_joined()
+            broadcast_tensors(self._comm, self._parameters(), root, "the broadcast of parameters after join()")
+            broadcast_state(self._comm, self.torch_optimizer, root)
 
     @outside_graphs
     def synchronize(self) -> None:
@@ -302,6 +296,10 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """The ranks' states have just been made equal, whatever each of them had loaded."""
         self._gradients.loads = 0
 
+    def make_states_whole(self, root: int) -> None:
+        """Let rank ``root``, at least, hold all states until the next update. Collective if they are sharded."""
+        self._states.gather(root)
+
     def unscale_agreed(self, found_inf: float) -> float:
         """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""
         return max([found_inf, *(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))])
@@ -322,6 +320,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         if members is not None:
             listed = [members] if isinstance(members, torch.Tensor) else list(members)
             refuse_owned([m[1] if isinstance(m, tuple) else m for m in listed], self._names, self)
+        self._states.gather()
         self.torch_optimizer.add_param_group(param_group)
         if isinstance(self.torch_optimizer, torch.optim.SGD):
             route_around_fused_sgd(self.param_groups[-1])
@@ -332,11 +331,12 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     # State
 
+    @outside_graphs
     def state_dict(self) -> dict[str, Any]:
-        """The state as the plain torch optimizer gives it; equal on all ranks."""
+        """The state as the plain torch optimizer gives it; equal on all ranks. Collective if it is sharded."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = self.torch_optimizer.state_dict()
+        state_dict = self._states.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
@@ -348,10 +348,20 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        self.torch_optimizer.load_state_dict(state_dict)
+        self._states.load_state_dict(state_dict)
         self._gradients.loads += 1
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    @outside_graphs
+    def get_states(self, param: torch.Tensor) -> dict[str, Any]:
+        """A copy of the whole state of a parameter, wherever it lives. Collective if it is sharded."""
+        return self._states.get(param)
+
+    @outside_graphs
+    def set_states(self, param: torch.Tensor, name: str, value: Any) -> None:
+        """Replace one entry of a parameter's whole state, with the same value on all ranks. Collective if sharded."""
+        self._states.set(param, name, value)
 
     # Copies
 
@@ -360,6 +370,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             "torch_optimizer": optimizer_contents(self.torch_optimizer),
             "names": [self._names.get(id(parameter)) for parameter in self._parameters()],
             "settings": self._settings,
+            "layout": self._states.layout(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -376,7 +387,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         optimizer = optimizer_from_contents(*state["torch_optimizer"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
-        self._assemble(optimizer, comm, names, state["settings"])
+        ShardedStates.check_layout(state["layout"], comm)
+        self._assemble(optimizer, comm, names, state["settings"], state["layout"])
 
     def __getattr__(self, name: str) -> Any:
         # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.

@@ -13,6 +13,7 @@ import torch
 
 from heatopt.optim._flat_layout import Layout
 from heatopt.optim._flat_memory import LARGE, Run
+from heatopt.sharding import HookedStep
 from heatopt.sync import outside_graphs
 
 __all__ = ["FlatStepper", "check_elementwise"]
@@ -139,7 +140,7 @@ class FlatStepper:
         self._optimizer = optimizer
         # The hooks fire for the user's optimizer, and not once more for those in here.
         self._update: Callable[..., None] = inspect.unwrap(type(optimizer).step)
-        self._hooked_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(self._step)
+        self._hooked_step = HookedStep(optimizer, self._step)
         self._for_runs = _empty_copy(optimizer)
         self._for_others = _empty_copy(optimizer)
         self._layout: Layout | None = None
@@ -161,13 +162,7 @@ class FlatStepper:
     @outside_graphs
     def step(self, *arguments: Any, **keywords: Any) -> Any:
         """The same as ``optimizer.step``, its hooks included."""
-        optimizer: Any = self._optimizer
-        replacement = optimizer.__dict__.get("step")
-        if replacement is not None:
-            if not getattr(replacement, "_wrapped_by_lr_sched", False):
-                return replacement(*arguments, **keywords)
-            optimizer._opt_called = True  # all that a scheduler's replacement does
-        return self._hooked_step(optimizer, *arguments, **keywords)
+        return self._hooked_step(*arguments, **keywords)
 
     def _step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

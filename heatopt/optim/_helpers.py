@@ -49,6 +49,8 @@ def broadcast_optimizer_state(
     inner = optimizer.torch_optimizer if isinstance(optimizer, DataParallelOptimizer) else optimizer
     shapes = [[tuple(p.shape) for p in group["params"]] for group in inner.param_groups]
     comm.agree_on([root, type(inner).__name__, *shapes], "broadcast_optimizer_state()")
+    if isinstance(optimizer, DataParallelOptimizer):
+        optimizer.make_states_whole(root)
     broadcast_state(comm, inner, root)
     if isinstance(optimizer, DataParallelOptimizer):
         optimizer.states_are_equal()

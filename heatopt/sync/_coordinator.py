@@ -59,6 +59,7 @@ class Call(IntEnum):
     CONSTRUCT = 7
     ADD_PARAM_GROUP = 8
     CLIP = 9
+    STATE = 10
 
     def __str__(self) -> str:
         return _CALL_NAMES[self]
@@ -74,6 +75,7 @@ _CALL_NAMES = {
     Call.CONSTRUCT: "the construction of the optimizer (or first use of its copy)",
     Call.ADD_PARAM_GROUP: "add_param_group()",
     Call.CLIP: "clip_grad_norm_()",
+    Call.STATE: "state_dict() or another look at sharded states",
 }
 
 # What a header's mask asks for: bit b for the buckets whose number is b modulo 61, and two more.

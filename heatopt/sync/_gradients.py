@@ -119,7 +119,7 @@ class GradientSync(Gradients):
         return self._coordinator is None or not self._coordinator.serves
 
     def replan(self) -> None:
-        self.plan_digest = self._plan.replan(self._channel())
+        self.plan_digest = self._plan.replan(self.channel())
         self._mark_all_changed()
         # If a backward is running, its buckets are reduced at its end: hooks that have fired are not counted anew.
         self._full = False
@@ -136,7 +136,7 @@ class GradientSync(Gradients):
             return
         self._coordinator = coordinator_of(self._comm)
         self.plan_digest = self.fingerprint().digest()
-        self._channel()
+        self.channel()
         self._coordinator.construct(self, self._what(Call.CONSTRUCT))
         self._state = _State.IDLE
         self._lay_out(self._settings.sparse)
@@ -162,8 +162,14 @@ class GradientSync(Gradients):
         rows = self._meet(call, options, self._seconds_since_last_step() if tuning else payload)
         if tuning:
             self._tune(rows)
-        self._backwards = 0
+        if call is not Call.STATE:
+            self._backwards = 0
         return rows
+
+    def meet_for_states(self) -> Communicator:
+        """Return the channel once all ranks are in a call that needs the states of all of them. Collective."""
+        self.settle(Call.STATE)
+        return self.channel()
 
     def _seconds_since_last_step(self) -> float:
         now = time.perf_counter()
@@ -197,7 +203,7 @@ class GradientSync(Gradients):
 
     def serve_joined(self) -> int:
         assert self._coordinator is not None
-        self._channel()
+        self.channel()
         return self._coordinator.serve_joined(self, self._what(Call.JOIN))
 
     @outside_graphs
@@ -223,7 +229,7 @@ class GradientSync(Gradients):
         self._round = Round(
             self._plan,
             self._settings,
-            self._channel(),
+            self.channel(),
             blocking=self._tuner.choice.blocking,
             divisor=divisor,
             contributes=self._contributes,
@@ -314,7 +320,7 @@ class GradientSync(Gradients):
     def _open_round(self, mask: int) -> None:
         """Agree on a round, which is then this object's to run, unless it had to be run with others' at once."""
         assert self._coordinator is not None
-        self._channel()
+        self.channel()
         mask |= self._plan.kept_mask()
         what = f"backward() of {self._settings.algorithm} ({self._describe(self._next_launch)})"
         divisor = self._coordinator.announce_backward(self, mask, what)
@@ -361,11 +367,11 @@ class GradientSync(Gradients):
             bucket.changed = True
 
     def _lay_out(self, sparse: tuple[int, ...]) -> None:
-        self.plan_digest = self._plan.lay_out(self._channel(), self._plan.trainable(), sparse)
+        self.plan_digest = self._plan.lay_out(self.channel(), self._plan.trainable(), sparse)
 
     def _meet(self, call: Call, options: int = 0, payload: float = 0.0) -> list[Row]:
         assert self._coordinator is not None
-        self._channel()
+        self.channel()
         return self._coordinator.meet(call, self, self._what(call), options, payload)
 
     def _what(self, call: Call) -> str:
@@ -375,7 +381,7 @@ class GradientSync(Gradients):
         descriptions = self._plan.descriptions
         return descriptions[number] if number < len(descriptions) else f"{len(self._plan.parameters)} parameters"
 
-    def _channel(self) -> Communicator:
+    def channel(self) -> Communicator:
         """The coordinator's channel, with this optimizer's time-out."""
         assert self._coordinator is not None
         channel = self._coordinator.channel

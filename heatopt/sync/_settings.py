@@ -33,6 +33,8 @@ class SyncSettings:
     """Indices of the parameters known to get sparse gradients."""
     fuse: bool = False
     """Update many parameters as one: the results' last bits may depend on it."""
+    shard: str = "none"
+    """What each rank keeps only a part of."""
 
     def reduction(self, blocking: bool, divisor: int) -> ReduceOptions:
         """How a bucket is reduced."""
@@ -48,4 +50,5 @@ class SyncSettings:
             ("wire_dtype", repr(self.wire_dtype)),
             ("reproducible", repr(self.reproducible)),
             ("fuse", repr(self.fuse)),
+            ("shard", repr(self.shard)),
         )

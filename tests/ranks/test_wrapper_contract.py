@@ -299,9 +299,10 @@ WRONG_OPTIONS: list[tuple[dict[str, Any], type[Exception] | tuple[type[Exception
     ({"model": "net"}, TypeError),
     ({"model": nn.Linear}, TypeError),
     ({"comm": 2}, TypeError),
+    ({"shard": "gradient"}, ValueError),
+    ({"shard": 1}, TypeError),
     # What does not exist is refused, rather than accepted without effect.
     ({"nonsense": 1}, TypeError),
-    ({"shard": "none"}, TypeError),
     ({"on_rank_failure": "abort"}, TypeError),
 ]
 

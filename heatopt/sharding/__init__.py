@@ -1,0 +1,10 @@
+"""Who owns which piece of the optimizer state, and how the pieces become whole again."""
+
+from __future__ import annotations
+
+from heatopt.sharding._declaration import check_shardable
+from heatopt.sharding._inner_step import HookedStep
+from heatopt.sharding._sharded import ShardedStates
+from heatopt.sharding._states import States, WholeStates
+
+__all__ = ["HookedStep", "ShardedStates", "States", "WholeStates", "check_shardable"]

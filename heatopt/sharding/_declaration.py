@@ -1,0 +1,66 @@
+"""How each algorithm may be sharded without changing what it computes. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+
+__all__ = ["NUMBERS", "Manner", "check_shardable", "cost_of", "manner_of"]
+
+
+class Manner(Enum):
+    """What of a parameter an update of it needs."""
+
+    ELEMENTWISE = "elementwise"  # an element needs itself alone: tensors may be cut anywhere
+    WHOLE_TENSOR = "whole tensor"  # norms or products of the tensor: it has one owner
+    WHOLE_PROBLEM = "whole problem"  # inner products over all parameters
+    UNKNOWN = "unknown"  # not torch's own: taken for one that needs whole tensors
+
+
+_MANNERS: dict[type[torch.optim.Optimizer], Manner] = {
+    torch.optim.ASGD: Manner.ELEMENTWISE,
+    torch.optim.Adadelta: Manner.ELEMENTWISE,
+    torch.optim.Adagrad: Manner.ELEMENTWISE,
+    torch.optim.Adam: Manner.ELEMENTWISE,
+    torch.optim.AdamW: Manner.ELEMENTWISE,
+    torch.optim.Adamax: Manner.ELEMENTWISE,
+    torch.optim.NAdam: Manner.ELEMENTWISE,
+    torch.optim.RAdam: Manner.ELEMENTWISE,
+    torch.optim.RMSprop: Manner.ELEMENTWISE,
+    torch.optim.Rprop: Manner.ELEMENTWISE,
+    torch.optim.SGD: Manner.ELEMENTWISE,
+    torch.optim.Adafactor: Manner.WHOLE_TENSOR,
+    torch.optim.Muon: Manner.WHOLE_TENSOR,
+    torch.optim.SparseAdam: Manner.WHOLE_TENSOR,
+    torch.optim.LBFGS: Manner.WHOLE_PROBLEM,
+}
+
+NUMBERS = ("step", "mu_product", "eta", "mu")
+"""Names of the states that are one number per parameter, in elementwise algorithms."""
+
+
+def manner_of(optimizer: torch.optim.Optimizer) -> Manner:
+    """What the updates of ``optimizer`` need. A subclass may compute anything, so its base says nothing."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return Manner.WHOLE_PROBLEM
+    return _MANNERS.get(type(optimizer), Manner.UNKNOWN)
+
+
+def check_shardable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the state of ``optimizer`` cannot be sharded."""
+    if manner_of(optimizer) is Manner.WHOLE_PROBLEM:
+        raise ValueError(
+            f"shard='state' cannot shard {type(optimizer).__name__} yet: each of its updates needs inner products "
+            "over all parameters; use shard='none'"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("shard='state' cannot update parameter groups with differentiable=True; use shard='none'")
+
+
+def cost_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
+    """What an update of the whole ``parameter`` costs, in comparison with others of the same optimizer."""
+    if isinstance(optimizer, torch.optim.Muon) and parameter.dim() == 2:
+        small, large = sorted(parameter.shape)  # Newton-Schulz multiplies it with its square of the smaller side
+        return large * small * small
+    return parameter.numel()

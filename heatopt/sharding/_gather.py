@@ -1,0 +1,152 @@
+"""Whole states from the pieces of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator
+from heatopt.sharding._declaration import NUMBERS
+from heatopt.sharding._partition import Piece
+
+__all__ = ["Ownership", "cut_state", "gather_states"]
+
+# States travel together, up to about so many bytes of each rank.
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """What this rank owns."""
+
+    pieces: Mapping[int, Piece]
+    """By parameter index."""
+    cut: frozenset[int]
+    """Indices of the parameters that are cut, whoever owns their pieces."""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A tensor of a state, while it is elsewhere."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    on_cpu: bool
+    start: int
+    """Where it begins in the parameter's."""
+    is_part: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+_Table = dict[int, dict[str, Any]]  # state by parameter index, with descriptions for tensors
+
+
+def cut_state(state: dict[str, Any], shape: torch.Size, piece: Piece) -> None:
+    """Reduce a whole state, in place, to that of ``piece`` of a parameter of ``shape``, with memory of its own."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            is_number = key in NUMBERS or value.shape != shape
+            state[key] = (value if is_number else value.detach().reshape(-1)[piece.start : piece.stop]).clone()
+
+
+@torch.no_grad()
+def gather_states(
+    comm: Communicator,
+    parameters: Sequence[torch.Tensor],
+    state: Mapping[Any, dict[str, Any]],
+    owned: Ownership,
+    indices: Iterable[int],
+) -> _Table:
+    """Return the whole states of the parameters ``indices``, for those that have any. Collective."""
+    wanted = [index for index in indices if index in owned.pieces and parameters[index] in state]
+    mine = {index: _describe(state[parameters[index]], owned, index) for index in wanted}
+    tables: list[_Table] = comm.exchange_objects(mine, "gathering of sharded optimizer states")
+    result: _Table = {}
+    for chunk in _chunks(tables):
+        values = [state[parameters[index]][key] for index in chunk for key in _keys(mine, index)]
+        flat = torch.cat([torch.empty(0, dtype=torch.uint8), *map(_as_bytes, values)])
+        lengths = [sum(map(_nbytes, (table.get(index, {}) for index in chunk))) for table in tables]
+        padded = flat.new_zeros(max(lengths))
+        padded[: flat.numel()] = flat
+        rows = comm.gather_rows(padded, "gathering of sharded optimizer states")
+        _unpack(chunk, tables, rows, parameters, result)
+    return result
+
+
+def _describe(state: Mapping[str, Any], owned: Ownership, index: int) -> dict[str, Any]:
+    piece = owned.pieces[index]
+    length = (piece.stop - piece.start,)
+    return {
+        key: _Described(
+            tuple(value.shape),
+            value.dtype,
+            value.device.type == "cpu",
+            piece.start,
+            index in owned.cut and key not in NUMBERS and tuple(value.shape) == length,
+        )
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in state.items()
+    }
+
+
+def _keys(table: _Table, index: int) -> list[str]:
+    return [key for key, value in table.get(index, {}).items() if isinstance(value, _Described)]
+
+
+def _nbytes(described: dict[str, Any]) -> int:
+    return sum(value.nbytes for value in described.values() if isinstance(value, _Described))
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _chunks(tables: Sequence[_Table]) -> Iterator[list[int]]:
+    """Indices that any rank has, in ascending order."""
+    chunk: list[int] = []
+    sizes = [0] * len(tables)
+    for index in sorted(set().union(*tables)):
+        more = [_nbytes(table.get(index, {})) for table in tables]
+        if chunk and max(map(sum, zip(sizes, more, strict=True))) > _CHUNK_BYTES:
+            yield chunk
+            chunk, sizes = [], [0] * len(tables)
+        chunk.append(index)
+        sizes = list(map(sum, zip(sizes, more, strict=True)))
+    if chunk:
+        yield chunk
+
+
+def _unpack(
+    chunk: list[int],
+    tables: Sequence[_Table],
+    rows: torch.Tensor,
+    parameters: Sequence[torch.Tensor],
+    result: _Table,
+) -> None:
+    """Put the states of ``chunk`` together. Numbers are those of the lowest rank that has a piece."""
+    for table, row in zip(tables, rows, strict=True):
+        offset = 0
+        for index in chunk:
+            for key, found in table.get(index, {}).items():
+                whole = result.setdefault(index, {})
+                if not isinstance(found, _Described):
+                    whole.setdefault(key, found)
+                    continue
+                value = row[offset : offset + found.nbytes].clone().view(found.dtype)
+                offset += found.nbytes
+                device = torch.device("cpu") if found.on_cpu else parameters[index].device
+                if not found.is_part:
+                    whole.setdefault(key, value.view(found.shape).to(device))
+                    continue
+                if key not in whole:
+                    whole[key] = torch.empty(parameters[index].shape, dtype=found.dtype, device=device)
+                whole[key].view(-1)[found.start : found.start + value.numel()] = value.to(device)
+            if index in table:
+                result.setdefault(index, {})

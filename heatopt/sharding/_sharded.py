@@ -1,0 +1,342 @@
+"""Each rank keeps the optimizer state of its pieces of the parameters, and updates those.
+
+[Note: Sharded updates]
+The wrapped optimizer itself makes the update, so every algorithm computes what it computes alone: for its duration its
+groups list this rank's pieces in the place of the parameters, and its state is keyed by them. An entry of the user's
+``state`` is the same dictionary as that of the piece. Afterwards the owners' pieces travel to all ranks.
+
+While there is no partition, each rank has the whole states: before the first update, after ``load_state_dict``, while
+groups are added and inside ``join()``. The next update makes one, and drops what other ranks own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from heatopt._log import logger
+from heatopt.comm import BucketMemory, Communicator
+from heatopt.errors import HeatoptError, RankMismatchError
+from heatopt.sharding._declaration import Manner, cost_of, manner_of
+from heatopt.sharding._gather import Ownership, cut_state, gather_states
+from heatopt.sharding._inner_step import HookedStep
+from heatopt.sharding._partition import Block, ShardSpec, plan_shards
+from heatopt.sharding._states import States, copied, replace_entry
+from heatopt.sharding._views import Views
+from heatopt.sync import outside_graphs
+
+__all__ = ["ShardedStates"]
+
+_GRADIENT, _LAYOUT, _DTYPE = attrgetter("grad"), attrgetter("layout"), attrgetter("dtype")
+_NOT_OPTIONS = ("params", "param_names")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A partition in use: what a copy of the optimizer must know of the states that it holds."""
+
+    blocks: tuple[Block, ...]
+    rank: int
+    size: int
+    dtypes: tuple[torch.dtype, ...]
+    whole: frozenset[int]
+    """Indices of the parameters that could be cut but for their sparse gradients."""
+    order: tuple[int, ...] = ()
+    """Indices of the parameters in the order of their states; for a copy."""
+
+    def ownership(self) -> Ownership:
+        pieces = {p.index: p for block in self.blocks for p in block.pieces if p.rank == self.rank}
+        return Ownership(pieces, frozenset(p.index for block in self.blocks if block.cut for p in block.pieces))
+
+
+class ShardedStates(States):
+    """Updates and holds this rank's share of ``optimizer``'s states. See [Note: Sharded updates].
+
+    Args:
+        optimizer: the wrapped one.
+        channel: returns the communicator.
+        meet: the same, once all ranks are in a call that needs the states of all of them.
+        layout: that of an optimizer of which this one is a copy.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        channel: Callable[[], Communicator],
+        meet: Callable[[], Communicator],
+        layout: _Layout | None = None,
+    ) -> None:
+        super().__init__(optimizer)
+        self._channel = channel
+        self._meet = meet
+        self._manner = manner_of(optimizer)
+        if self._manner is Manner.UNKNOWN:
+            logger.warning("%s is not torch's own: sharded by whole tensors", type(optimizer).__name__)
+        self._update: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
+        self._hooked_step = HookedStep(optimizer, self._step)
+        self._layout = layout
+        self._owned = Ownership({}, frozenset()) if layout is None else layout.ownership()
+        self._memories: list[BucketMemory] = []
+        self._views: Views | None = None
+        parameters = self._parameters()
+        # The order of the states in a state dict:
+        self._first_used = list(optimizer.state) if layout is None else [parameters[i] for i in layout.order]
+        self._had_gradient: list[bool] = []
+        self._keep_whole = False
+
+    # Updates
+
+    @outside_graphs
+    def step(self, *arguments: Any, **keywords: Any) -> Any:
+        """Do what ``optimizer.step`` does, its hooks included. Collective."""
+        return self._hooked_step(*arguments, **keywords)
+
+    def _step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        once: tuple[Any, ...] = ()
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            if self._manner is Manner.UNKNOWN:
+                once = (_once(loss),)
+        with torch.no_grad():
+            if self._keep_whole:
+                self._update(optimizer, *once)
+                return loss
+            parameters = self._parameters()
+            views = self._prepare(parameters)
+            self._update_members(views, once)
+            views.share(self._channel())
+        return loss
+
+    def _update_members(self, views: Views, arguments: tuple[Any, ...]) -> None:
+        optimizer = self._optimizer
+        groups, state = optimizer.param_groups, optimizer.state
+        members = list(views.members.values())
+        piece_of = {id(m.parameter): m.tensor for m in members}
+        own_groups = [
+            {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+            | {"params": [piece_of[id(p)] for p in group["params"] if id(p) in piece_of]}
+            for group in groups
+        ]
+        pieces = {m.parameter: m.tensor for m in members}
+        own_state: Any = defaultdict(dict, {pieces.get(key, key): value for key, value in state.items()})
+        views.refresh()
+        for member in members:
+            member.take_gradient()
+        optimizer.param_groups, optimizer.state = own_groups, own_state
+        try:
+            self._update(optimizer, *arguments)
+        finally:
+            optimizer.param_groups, optimizer.state = groups, state
+            for member in members:
+                member.drop_gradient()
+        wholes = {m.tensor: m.parameter for m in members}
+        for key, value in own_state.items():
+            state[wholes.get(key, key)] = value
+        for group, own in zip(groups, own_groups, strict=True):
+            group.update((key, value) for key, value in own.items() if key != "params")
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _prepare(self, parameters: list[torch.Tensor]) -> Views:
+        """Make a partition, and views of its pieces, if there are none or they do not fit any more."""
+        gradients = list(map(_GRADIENT, parameters))
+        has_gradient = [gradient is not None for gradient in gradients]
+        if has_gradient != self._had_gradient:
+            self._had_gradient = has_gradient
+            known = set(self._first_used)
+            self._first_used += [p for p, has in zip(parameters, has_gradient, strict=True) if has and p not in known]
+        sparse = _sparse(gradients)
+        layout = self._layout
+        if layout is not None and not (
+            sparse <= layout.whole.union(range(len(parameters)) if self._cuts_nothing else ())
+            and list(map(_DTYPE, parameters)) == list(layout.dtypes)
+        ):
+            sparse |= layout.whole
+            self.gather()
+        if self._layout is None:
+            self._divide(parameters, frozenset(sparse))
+        assert self._layout is not None
+        comm = self._channel()
+        if not self._memories:
+            self._memories = [comm.allocate(b.row, b.dtype, b.device) for b in self._layout.blocks]
+            self._views = None
+        if self._views is None or not self._views.are_current(parameters):
+            self._views = Views(self._layout.blocks, self._memories, comm.rank, parameters)
+        return self._views
+
+    @property
+    def _cuts_nothing(self) -> bool:
+        return self._manner is not Manner.ELEMENTWISE
+
+    def _divide(self, parameters: Sequence[torch.Tensor], whole: frozenset[int]) -> None:
+        """Make a partition, and drop what other ranks own."""
+        comm = self._channel()
+        specs = [
+            ShardSpec(
+                index,
+                p.numel(),
+                p.dtype,
+                p.device,
+                not self._cuts_nothing and index not in whole,
+                cost_of(self._optimizer, p),
+            )
+            for index, p in enumerate(parameters)
+        ]
+        blocks = tuple(plan_shards(specs, comm.size))
+        self._layout = _Layout(blocks, comm.rank, comm.size, tuple(map(_DTYPE, parameters)), whole)
+        self._owned = self._layout.ownership()
+        self._memories = []
+        state = self._optimizer.state
+        self._first_used = [*state, *(p for p in self._first_used if p not in state)]
+        for index, parameter in enumerate(parameters):
+            if parameter not in state:
+                continue
+            if index not in self._owned.pieces:
+                del state[parameter]
+            elif index in self._owned.cut:
+                cut_state(state[parameter], parameter.shape, self._owned.pieces[index])
+
+    # States
+
+    def gather(self, root: int | None = None) -> None:
+        whole = self._ask_who_is_whole()
+        if self._layout is not None:
+            state: dict[torch.Tensor, dict[str, Any]] = {}  # if root has all, this rank is about to receive it
+            if root is None or not whole[root]:
+                _require_equal(whole)
+                state = self._whole_states(range(len(self._parameters())))
+            for key in [key for key in self._optimizer.state if isinstance(key, torch.Tensor)]:
+                del self._optimizer.state[key]
+            self._optimizer.state.update(state)
+        self._forget_layout()
+
+    def _forget_layout(self) -> None:
+        self._layout = self._views = None
+        self._memories = []
+        self._owned = Ownership({}, frozenset())
+
+    def _ask_who_is_whole(self) -> list[bool]:
+        """Whether each rank has the whole states, having loaded them, say. Collective."""
+        return self._meet().exchange_objects(self._layout is None, "a look at the optimizer states of all ranks")
+
+    def _all_are_whole(self) -> bool:
+        whole = self._ask_who_is_whole()
+        _require_equal(whole)
+        return whole[0]
+
+    def _whole_states(self, indices: Iterable[int]) -> dict[torch.Tensor, dict[str, Any]]:
+        """Whole states by parameter, in the order in which the parameters had their first update."""
+        parameters = self._parameters()
+        found = gather_states(self._channel(), parameters, self._optimizer.state, self._owned, indices)
+        by_parameter = {parameters[index]: state for index, state in found.items()}
+        order = {p: by_parameter[p] for p in self._first_used if p in by_parameter}
+        return order | by_parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        optimizer = self._optimizer
+        if self._keep_whole or self._all_are_whole():
+            return optimizer.state_dict()
+        whole: Any = defaultdict(dict, self._whole_states(range(len(self._parameters()))))
+        state = optimizer.state
+        whole.update((key, value) for key, value in state.items() if not isinstance(key, torch.Tensor))
+        optimizer.state = whole
+        try:
+            return optimizer.state_dict()
+        finally:
+            optimizer.state = state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+        self._forget_layout()
+
+    def get(self, parameter: torch.Tensor) -> dict[str, Any]:
+        index = self.require(parameter)
+        if self._keep_whole or self._all_are_whole():
+            return copied(self._optimizer.state.get(parameter, {}))
+        return self._whole_states([index]).get(parameter, {})
+
+    def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
+        index = self.require(parameter)
+        self._all_are_whole()
+        error = None
+        try:
+            self._set_own_part(index, parameter, name, value)
+        except ValueError as found:
+            error = str(found)
+        errors = self._channel().exchange_objects(error, "set_states()")
+        if any(errors):
+            raise ValueError(next(filter(None, errors)))
+        if not any(parameter is known for known in self._first_used):
+            self._first_used.append(parameter)
+
+    def _set_own_part(self, index: int, parameter: torch.Tensor, name: str, value: Any) -> None:
+        state = self._optimizer.state
+        if self._layout is not None and index not in self._owned.pieces:
+            return
+        entry = {name: torch.as_tensor(value) if isinstance(state[parameter].get(name), torch.Tensor) else value}
+        if index in self._owned.cut:
+            cut_state(entry, parameter.shape, self._owned.pieces[index])
+        replace_entry(state[parameter], name, entry[name])
+
+    @contextmanager
+    def kept_whole(self) -> Iterator[None]:
+        if self._keep_whole:
+            yield
+            return
+        self.gather()
+        self._keep_whole = True
+        try:
+            yield
+        finally:
+            self._keep_whole = False
+
+    def layout(self) -> _Layout | None:
+        if self._layout is None:
+            return None
+        index_of = {p: index for index, p in enumerate(self._parameters())}
+        return replace(self._layout, order=tuple(index_of[p] for p in self._first_used if p in index_of))
+
+    @staticmethod
+    def check_layout(layout: Any, comm: Communicator) -> None:
+        """Raise unless the pieces that a copy has brought belong to this rank of as many ranks."""
+        if layout is not None and (layout.rank, layout.size) != (comm.rank, comm.size):
+            raise HeatoptError(
+                f"the copy of the optimizer holds the states of rank {layout.rank} of {layout.size}, but this is rank "
+                f"{comm.rank} of {comm.size}; use state_dict() to move states between numbers of ranks"
+            )
+
+
+def _require_equal(whole: list[bool]) -> None:
+    for rank, found in enumerate(whole):
+        if found is not whole[0]:
+            loaded, other = (0, rank) if whole[0] else (rank, 0)
+            raise RankMismatchError(
+                f"rank {loaded} has loaded a state dict, rank {other} has not; load it on all ranks, or call "
+                "broadcast_optimizer_state with a rank that has"
+            )
+
+
+def _sparse(gradients: Sequence[torch.Tensor | None]) -> set[int]:
+    return {i for i, g in enumerate(gradients) if g is not None and g.layout is not torch.strided}
+
+
+def _once(loss: Any) -> Callable[[], Any]:
+    """A closure that returns ``loss``, and can do so once: other parameters than at first would be another loss."""
+    losses = [loss]
+
+    def closure() -> Any:
+        if not losses:
+            raise HeatoptError("shard='state' cannot evaluate a closure more often than once; use shard='none'")
+        return losses.pop()
+
+    return closure

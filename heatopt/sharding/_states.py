@@ -1,0 +1,104 @@
+"""What a data-parallel optimizer needs of its optimizer's states, and the case that each rank has all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+__all__ = ["States", "WholeStates"]
+
+
+class States(ABC):
+    """The states of one torch optimizer.
+
+    Args:
+        optimizer: whose states they are.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def require(self, parameter: torch.Tensor) -> int:
+        """Return the index of ``parameter``; ValueError if it is not the optimizer's."""
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        for index, own in enumerate(parameters):
+            if own is parameter:
+                return index
+        raise ValueError("param is not a parameter of this optimizer")
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The plain optimizer's state dict."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the plain optimizer's state dict."""
+
+    @abstractmethod
+    def get(self, parameter: torch.Tensor) -> dict[str, Any]:
+        """A copy of the whole state of ``parameter``. Raises ValueError if it is not the optimizer's."""
+
+    @abstractmethod
+    def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
+        """Replace one entry of the state of ``parameter``. Raises ValueError if that, or the shape, is wrong."""
+
+    @abstractmethod
+    def gather(self, root: int | None = None) -> None:
+        """Let each rank hold the whole states until the next update; at least ``root``, if its are about to be sent."""
+
+    @abstractmethod
+    def kept_whole(self) -> AbstractContextManager[None]:
+        """Context in which each rank holds, and updates, all."""
+
+    @abstractmethod
+    def layout(self) -> Any:
+        """What a copy of the optimizer needs beside its attributes."""
+
+
+class WholeStates(States):
+    """Each rank has all states, equal on all of them: nothing is to be done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
+    def get(self, parameter: torch.Tensor) -> dict[str, Any]:
+        self.require(parameter)
+        return copied(self._optimizer.state.get(parameter, {}))
+
+    def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
+        self.require(parameter)
+        replace_entry(self._optimizer.state[parameter], name, value)
+
+    def gather(self, root: int | None = None) -> None:
+        pass
+
+    def kept_whole(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def layout(self) -> Any:
+        return None
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with memory of its own."""
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+
+
+def replace_entry(state: dict[str, Any], name: str, value: Any) -> None:
+    """Set one entry; a tensor that is there keeps its dtype, device and memory."""
+    present = state.get(name)
+    if not isinstance(present, torch.Tensor):
+        state[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+        return
+    given = torch.as_tensor(value)
+    if given.shape != present.shape:
+        raise ValueError(f"state {name!r} has shape {tuple(present.shape)}, got {tuple(given.shape)}")
+    with torch.no_grad():
+        present.copy_(given)

@@ -1,0 +1,123 @@
+"""The pieces of parameters as tensors: views of where the parameters lie in memory now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from heatopt.comm import BucketMemory, Communicator
+from heatopt.sharding._partition import Block, Piece
+
+__all__ = ["Member", "Views"]
+
+
+class Member:
+    """A parameter, or a piece of one, that this rank updates.
+
+    Args:
+        parameter: the whole.
+        piece: the part of it.
+        tensor: what the update changes: a view of that part, or the parameter itself.
+    """
+
+    def __init__(self, parameter: torch.Tensor, piece: Piece, tensor: torch.Tensor) -> None:
+        self.parameter = parameter
+        self.piece = piece
+        self.tensor = tensor
+
+    def take_gradient(self) -> None:
+        """Show the update the piece's part of the gradient."""
+        gradient = self.parameter.grad
+        if self.tensor is not self.parameter and gradient is not None:
+            self.tensor.grad = gradient.detach().reshape(-1)[self.piece.start : self.piece.stop]
+
+    def drop_gradient(self) -> None:
+        """Let go of it: whoever owns its memory counts the tensors in it."""
+        if self.tensor is not self.parameter:
+            self.tensor.grad = None
+
+
+class _Traffic:
+    """What one block moves, and between which tensors."""
+
+    def __init__(self, block: Block, memory: BucketMemory, rank: int, targets: dict[int, torch.Tensor]) -> None:
+        self._block = block
+        self.memory = memory
+        self._parts: dict[int, list[torch.Tensor]] = {}
+        for piece in block.pieces:
+            part = targets[piece.index]
+            self._parts.setdefault(piece.rank, []).append(part[piece.start : piece.stop] if block.cut else part)
+        self._own = self._parts.get(rank, [])
+        self._own_places = self._places(memory.own, self._own)
+
+    def write(self) -> None:
+        """Copy what this rank owns to where the others read it."""
+        if self._own:
+            torch._foreach_copy_(self._own_places, self._own)
+
+    def take(self, rank: int, row: torch.Tensor) -> None:
+        """Overwrite what ``rank`` owns with what it has made of it."""
+        parts = self._parts.get(rank)
+        if parts:
+            torch._foreach_copy_(parts, self._places(row, parts))
+
+    def _places(self, row: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        sizes = [part.numel() for part in parts]
+        places = torch.split(row[: sum(sizes)], sizes)
+        return (
+            list(places) if self._block.cut else [place.view(p.shape) for place, p in zip(places, parts, strict=True)]
+        )
+
+
+class Views:
+    """All pieces of ``parameters``, by the blocks that they travel in.
+
+    Args:
+        blocks: the partition.
+        memories: where rows of each block meet.
+        rank: this one.
+        parameters: by index.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], memories: Sequence[BucketMemory], rank: int, parameters: Sequence[torch.Tensor]
+    ) -> None:
+        self._addresses = list(map(torch.Tensor.data_ptr, parameters))
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._traffic = []
+        self.members: dict[int, Member] = {}
+        for block, memory in zip(blocks, memories, strict=True):
+            indices = dict.fromkeys(piece.index for piece in block.pieces)
+            make = self._flat if block.cut else torch.Tensor.detach
+            targets = {index: make(parameters[index]) for index in indices}
+            self._traffic.append(_Traffic(block, memory, rank, targets))
+            for piece in block.pieces:
+                if piece.rank == rank:
+                    whole = parameters[piece.index]
+                    part = targets[piece.index][piece.start : piece.stop] if block.cut else whole
+                    self.members[piece.index] = Member(whole, piece, part)
+
+    def _flat(self, parameter: torch.Tensor) -> torch.Tensor:
+        if parameter.is_contiguous():
+            return parameter.detach().view(-1)
+        flat = parameter.detach().clone(memory_format=torch.contiguous_format).view(-1)
+        self._copies.append((parameter.detach(), flat))
+        return flat
+
+    def are_current(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """False if a parameter's memory is not that of which the views are."""
+        return list(map(torch.Tensor.data_ptr, parameters)) == self._addresses
+
+    def refresh(self) -> None:
+        """Before an update: see what has become of parameters that have no flat view."""
+        for parameter, flat in self._copies:
+            flat.view(parameter.shape).copy_(parameter)
+
+    def share(self, comm: Communicator) -> None:
+        """After an update: give all ranks all pieces. Collective."""
+        for number, traffic in enumerate(self._traffic):
+            traffic.write()
+            comm.share_memory(traffic.memory, traffic.take, f"sharing of updated parameters, block {number}")
+        for parameter, flat in self._copies:
+            parameter.copy_(flat.view(parameter.shape))

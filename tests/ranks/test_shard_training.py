@@ -1,0 +1,294 @@
+"""``shard="state"`` with all that surrounds a step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import heatopt
+from heatopt import DataParallelOptimizer
+from heatopt.comm import Communicator
+from heatopt.errors import HeatoptError
+from tests.support import parity
+from tests.support.problems import Net
+from tests.support.ranks import Ranks
+from tests.support.training import train
+
+
+def adamw(net: Net) -> torch.optim.Optimizer:
+    """Two groups of different options."""
+    early, late = [net.first, net.bias, net.scale], [net.branch, net.unused, net.second, net.empty]
+    return torch.optim.AdamW([{"params": early}, {"params": late, "lr": 0.01, "weight_decay": 0.3}])
+
+
+def assert_alike(comm: Communicator, run: Any) -> None:
+    """``run(net, optimizer, losses)`` leaves the same with and without sharding, and on all ranks."""
+    results = []
+    for shard in ("none", "state"):
+        net = Net()
+        optimizer = DataParallelOptimizer(adamw(net), comm=comm, shard=shard)
+        extra = run(net, optimizer, net.losses(comm.size, comm.rank))
+        results.append([parity.snapshot(net, optimizer), extra])
+    parity.assert_ranks_equal(comm, results[1])
+    parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+
+
+def test_schedulers(ranks: Ranks) -> None:
+    """Of the wrapper and of the wrapped optimizer, with numbers and tensors, without torch's warning."""
+
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        optimizer.param_groups[1]["lr"] = torch.tensor(0.02)
+        outer = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        inner = torch.optim.lr_scheduler.LinearLR(optimizer.torch_optimizer)
+        for loss in losses * 2:
+            train(optimizer, [loss])
+            outer.step()
+            inner.step()
+        assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor)
+
+    ranks(lambda comm: assert_alike(comm, run))
+
+
+def test_clipping_and_accumulation(ranks: Ranks) -> None:
+    def run(net: Net, optimizer: Any, losses: Any) -> list[torch.Tensor]:
+        norms = []
+        for loss in losses:
+            optimizer.zero_grad()
+            with optimizer.no_sync():
+                loss().backward()
+            loss().backward()
+            norms += [optimizer.clip_grad_norm_(0.1, p) for p in (1, 2, float("inf"))]
+            optimizer.step()
+        return norms
+
+    ranks(lambda comm: assert_alike(comm, run))
+
+
+def test_state_dict_between_accumulated_backwards(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        net = Net()
+        optimizer = DataParallelOptimizer(adamw(net), comm=comm, shard="state", accumulation_steps=2)
+        (loss, *_) = net.losses(comm.size, comm.rank)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss().backward()
+            parity.assert_ranks_equal(comm, optimizer.state_dict())
+            loss().backward()
+            parity.assert_ranks_equal(comm, [p.grad for p in net.parameters() if p.grad is not None])
+            optimizer.step()
+        parity.assert_ranks_equal(comm, parity.snapshot(net, optimizer))
+
+    ranks(body)
+
+
+def test_grad_scaler(ranks: Ranks) -> None:
+    def run(net: Net, optimizer: Any, losses: Any) -> float:
+        scaler = heatopt.GradScaler("cpu", init_scale=16.0)
+        for number, loss in enumerate(losses * 2):
+            optimizer.zero_grad()
+            scaler.scale(loss()).backward()
+            if number == 1 and net.second.grad is not None:
+                net.second.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        return scaler.get_scale()
+
+    ranks(lambda comm: assert_alike(comm, run))
+
+
+def test_join(ranks: Ranks) -> None:
+    """Ranks with fewer batches leave first; afterwards the states are divided again."""
+
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        train(optimizer, losses)
+        with optimizer.join():
+            train(optimizer, losses[: 1 + optimizer._comm.rank % 3])
+        train(optimizer, losses)
+
+    def body(comm: Communicator) -> None:
+        assert_alike(comm, run)
+
+    ranks(body)
+
+
+def test_hooks_fire_once(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        net = Net()
+        plain = adamw(net)
+        seen: list[str] = []
+        plain.register_step_pre_hook(lambda *_: seen.append("inner pre"))
+        plain.register_step_post_hook(lambda *_: seen.append("inner post"))
+        plain.register_state_dict_post_hook(lambda _, found: seen.append(f"{len(found['state'])} states"))
+        plain.register_load_state_dict_pre_hook(lambda *_: seen.append("load"))
+        optimizer = DataParallelOptimizer(plain, comm=comm, shard="state")
+        optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+        optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+        train(optimizer, net.losses(comm.size, comm.rank)[:1])
+        assert seen == ["pre", "inner pre", "inner post", "post"]
+        optimizer.load_state_dict(optimizer.state_dict())
+        count = sum(p.grad is not None for p in net.parameters())
+        assert seen[4:] == [f"{count} states", "load"]
+
+    ranks(body)
+
+
+def test_groups_and_state_stay_the_users(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        net = Net()
+        plain = adamw(net)
+        groups, state, first = plain.param_groups, plain.state, plain.param_groups[0]
+        optimizer = DataParallelOptimizer(plain, comm=comm, shard="state")
+        train(optimizer, net.losses(comm.size, comm.rank))
+        optimizer.state_dict()
+        assert optimizer.param_groups is groups
+        assert optimizer.state is state
+        assert groups[0] is first
+        assert first["params"][0] is net.first
+        assert all(any(key is p for p in net.parameters()) for key in state)
+        version = net.first._version
+        optimizer.step()
+        assert net.first._version > version
+        assert all(p.grad is None or p.grad.shape == p.shape for p in net.parameters())
+
+    ranks(body)
+
+
+def test_replaced_data_and_states(ranks: Ranks) -> None:
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        train(optimizer, losses)
+        for parameter in net.parameters():
+            parameter.data = parameter.data.clone() * 2
+        for parameter, state in list(optimizer.state.items()):
+            optimizer.state[parameter] = {key: value.clone() for key, value in state.items()}
+        train(optimizer, losses)
+
+    ranks(lambda comm: assert_alike(comm, run))
+
+
+def test_strided_parameters_are_read_before_each_step(ranks: Ranks) -> None:
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        net.first.data = net.first.data.t().contiguous().t()
+        for loss in losses:
+            train(optimizer, [loss])
+            with torch.no_grad():
+                net.first.mul_(2)
+        net.first.data = net.first.data.contiguous()
+
+    ranks(lambda comm: assert_alike(comm, run))
+
+
+def test_states_appear_in_torchs_order(ranks: Ranks) -> None:
+    """That of the first updates, whatever the order of the parameters."""
+
+    def body(comm: Communicator) -> None:
+        parameters = [nn.Parameter(torch.ones(5, 5)) for _ in range(4)]
+        optimizer = DataParallelOptimizer(torch.optim.Adam(parameters), comm=comm, shard="state")
+        for chosen in ([2], [0, 2], [3]):
+            optimizer.zero_grad()
+            for number in chosen:
+                parameters[number].grad = torch.ones(5, 5)
+            optimizer.step()
+        assert list(optimizer.state_dict()["state"]) == [2, 0, 3]
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert list(optimizer.state_dict()["state"]) == [2, 0, 3]
+
+    ranks(body)
+
+
+class Odd(torch.optim.SGD):
+    """Not torch's own: normalises each gradient as a whole, and counts its steps in its group."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        with torch.no_grad():
+            for group in self.param_groups:
+                group["steps"] = group.get("steps", 0) + 1
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.sub_(parameter.grad / parameter.grad.norm(), alpha=group["lr"])
+                        self.state[parameter]["norm"] = parameter.grad.norm()
+        if closure is not None and group["steps"] > 2:
+            closure()
+        return loss
+
+
+def test_unknown_algorithms_get_whole_tensors(ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    def body(comm: Communicator) -> None:
+        results = []
+        for shard in ("none", "state"):
+            net = Net()
+            with caplog.at_level(logging.WARNING):
+                optimizer = DataParallelOptimizer(Odd(net.parameters(), lr=0.1), comm=comm, shard=shard)
+            losses = net.losses(comm.size, comm.rank)
+            train(optimizer, losses[:1])
+            train(optimizer, losses[:1], use_closure=True)
+            assert optimizer.param_groups[0]["steps"] == 2
+            results.append(parity.snapshot(net, optimizer))
+        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        with pytest.raises(HeatoptError, match="more often than once"):
+            optimizer.step(losses[0])
+        assert optimizer.param_groups[0]["params"][0] is net.first
+
+    ranks(body, min_size=2)
+    assert "Odd is not torch's own" in caplog.text
+
+
+@contextmanager
+def sharing_skips(monkeypatch: pytest.MonkeyPatch, skipped: int) -> Iterator[None]:
+    """What a rank takes from the ranks after ``skipped`` is lost."""
+    from heatopt.sharding._views import _Traffic
+
+    take = _Traffic.take
+    with monkeypatch.context() as patch:
+        patch.setattr(_Traffic, "take", lambda self, rank, row: None if rank > skipped else take(self, rank, row))
+        yield
+
+
+@pytest.mark.parametrize("skipped", [-1, 0])
+def test_a_lost_piece_is_noticed(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, skipped: int) -> None:
+    """The tests here are able to fail."""
+
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        train(optimizer, losses)
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(AssertionError, match=r"differ in|other bits"):
+            assert_alike(comm, run)
+
+    with sharing_skips(monkeypatch, skipped):
+        ranks(body, min_size=2)
+
+
+@pytest.mark.parametrize(
+    ("shard", "error", "match"),
+    [(None, TypeError, "'none', 'state'"), (1, TypeError, "got 1"), ("gradient", ValueError, "'none', 'state'")],
+)
+def test_wrong_values(shard: Any, error: type[Exception], match: str) -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=match):
+        DataParallelOptimizer(torch.optim.SGD([parameter]), shard=shard)
+
+
+def test_what_cannot_be_sharded() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="LBFGS"):
+        DataParallelOptimizer(torch.optim.LBFGS([parameter]), shard="state")
+    with pytest.raises(ValueError, match="fuse=True"):
+        DataParallelOptimizer(torch.optim.SGD([parameter]), shard="state", fuse=True)
+    with pytest.raises(ValueError, match="differentiable"):
+        DataParallelOptimizer(torch.optim.SGD([parameter], differentiable=True), shard="state")
+
+
+def test_ranks_must_agree(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        with pytest.raises(heatopt.RankMismatchError, match="setting shard: rank 0 has 'state', rank 1 has 'none'"):
+            DataParallelOptimizer(adamw(Net()), comm=comm, shard="none" if comm.rank else "state")
+
+    ranks(body, min_size=2)
