@@ -289,8 +289,8 @@ class GradientSync(Gradients):
         self._next_launch = 0
         self._full = False
         self._backward_alive = when_backward_ends(_end_of_backward, weakref.ref(self))
-        # With one bucket nothing can be launched before the end, where it is seen what has come.
-        self.quiet = self._backward_alive if synchronised and len(self._plan.buckets) == 1 else _nothing
+        # With one bucket for all nothing can be launched before the end, where it is seen what has come.
+        self.quiet = self._backward_alive if synchronised and self._plan.has_one_bucket() else _nothing
         if synchronised:
             self._waiting_for = [
                 {

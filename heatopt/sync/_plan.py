@@ -150,6 +150,11 @@ class GradientPlan:
         else:
             self.unplanned.add(index)
 
+    def has_one_bucket(self) -> bool:
+        """True if every gradient that may come now has a place in the only bucket."""
+        outside = [*self._outside, *self.sparse]
+        return len(self.buckets) == 1 and not any(self.parameters[index].requires_grad for index in outside)
+
     def kept_mask(self) -> int:
         """Ask for new memory if somebody keeps gradients of an earlier step: O(parameters)."""
         return REPLAN if any(bucket.is_aliased() for bucket in self.buckets) else 0

@@ -202,3 +202,20 @@ def test_t08_accumulated_over_a_step(ranks: Ranks) -> None:
         assert_ranks_equal(comm, model)
 
     ranks(body)
+
+
+def test_unfrozen_small_parameter_is_final_after_backward(ranks: Ranks) -> None:
+    """It has no place in the one bucket, and nobody looks at small gradients one by one."""
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        frozen = next(iter(model.parameters()))
+        frozen.requires_grad_(False)
+        optimizer = wrap(comm, sgd, model, bucket_mb=8)
+        frozen.requires_grad_(True)
+        loss_of(model, batch(0, comm.rank)).backward()
+        assert_ranks_equal(comm, [parameter.grad for parameter in model.parameters()])
+        optimizer.step()
+        assert_ranks_equal(comm, model)
+
+    ranks(body)
