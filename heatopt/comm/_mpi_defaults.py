@@ -1,7 +1,6 @@
 """Settings of Open MPI that fit what this package does, given before MPI starts and only where the user set nothing.
 
-Open MPI reads them from the environment; other MPIs ignore them. They were chosen by measurement; docs/environment.md
-says what each is for.
+Open MPI reads them from the environment; other MPIs ignore them. docs/environment.md says what each is for.
 """
 
 from __future__ import annotations
