@@ -18,7 +18,7 @@ import torch.distributed as dist
 import heatopt
 from heatopt.comm import Communicator
 
-__all__ = ["interleave", "median_ratio", "open_gloo", "setting", "write_json"]
+__all__ = ["interleave", "median_ratio", "open_gloo", "setting", "write_json", "write_results"]
 
 _KNOWN = ("OMP_NUM_THREADS", "HEATOPT_", "OMPI_MCA_coll", "OMPI_MCA_btl_tcp", "OMPI_MCA_mpi_yield")
 
@@ -76,4 +76,9 @@ def setting(comm: Communicator) -> dict[str, Any]:
 def write_json(path: Path | None, comm: Communicator, results: Any) -> None:
     """Write setting and results, on rank 0 and if there is a path."""
     if comm.rank == 0 and path is not None:
-        path.write_text(json.dumps({"setting": setting(comm), "results": results}, indent=1) + "\n")
+        write_results(path, setting(comm), results)
+
+
+def write_results(path: Path, setting: dict[str, Any], results: Any) -> None:
+    """Write them as all benchmarks do."""
+    path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")

@@ -1,135 +1,122 @@
 #!/usr/bin/env python
 """Time a training step of heatopt against the same step without synchronisation and against other packages.
 
-    mpirun -n 2 python scripts/bench_step.py --json out.json
+    python scripts/bench_step.py --ranks 2 --json out.json
 
-All contenders run interleaved in the same processes, with the same initial weights, data and inner optimizer; a ratio
-is the median of the ratios within each round, so that a machine that slows down slows all of them. The parameters of
-the synchronised contenders are compared bit for bit after five steps.
+Each contender has processes of its own, started by mpirun, with the same initial weights, data and inner optimizer.
+They take turns on the same cores within each round; a ratio is the median of the ratios within the rounds, so that a
+machine that slows down slows all of them. The parameters of the synchronised contenders are compared bit for bit after
+five steps. Packages that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import inspect
+import os
 import statistics
-from collections.abc import Callable
-from functools import partial
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _measuring import interleave, median_ratio, open_gloo, write_json
-from _workloads import WORKLOADS, Workload
+from _contenders import CONTENDERS, DDP, FLOOR, Contender
+from _jobs import Job, JobError, serve
+from _measuring import median_ratio, setting, write_results
+from _workloads import WORKLOADS
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import heatopt
-from heatopt.comm import Communicator
 
-# FSDP2 gathers and reduces layers of at least this size by themselves, and the smaller ones together.
-_FSDP_UNIT_BYTES = 2**20
 # After so many steps the contenders' parameters are compared. heatopt goes on for a while: it tries out settings.
 _COMPARED_STEPS = 5
-
-FLOOR, DDP = "no synchronisation", "DDP gloo"
-
-
-class Contender:
-    """One way to make a step: a model of its own and what steps it."""
-
-    def __init__(self, model: nn.Module, forward: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model = model
-        self.forward = forward
-        self.optimizer = optimizer
-
-    def step(self, workload: Workload, batch: torch.Tensor) -> None:
-        """One training step."""
-        self.optimizer.zero_grad()
-        workload.loss(self.forward, batch).backward()
-        self.optimizer.step()
-
-    def digest(self) -> str:
-        """What the parameters are, bit for bit."""
-        parameters: list[Any] = [p.detach() for p in self.model.parameters()]
-        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
-        return hashlib.sha256(b"".join(p.contiguous().numpy().tobytes() for p in whole)).hexdigest()[:12]
+_Times = dict[str, list[float]]
 
 
-def plain(workload: Workload, model: nn.Module) -> Contender:
-    return Contender(model, model, workload.make_optimizer(list(model.parameters())))
+class Stage:
+    """In a contender's processes: what it does when it is its turn."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._comm = heatopt.world()
 
-def with_heatopt(workload: Workload, model: nn.Module) -> Contender:
-    optimizer = heatopt.DataParallelOptimizer(workload.make_optimizer(list(model.parameters())), model=model)
-    return Contender(model, model, optimizer)
+    def serve(self) -> None:
+        """Do what is wanted until nothing more is."""
+        serve(self._comm, lambda command, *arguments: getattr(self, command)(*arguments))
 
-
-def with_shards(workload: Workload, model: nn.Module) -> Contender:
-    inner = workload.make_optimizer(list(model.parameters()))
-    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model, shard="state"))
-
-
-def with_ddp(workload: Workload, model: nn.Module) -> Contender:
-    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return Contender(model, wrapped, workload.make_optimizer(list(model.parameters())))
-
-
-def with_zero_redundancy(workload: Workload, model: nn.Module) -> Contender:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    inner = workload.make_optimizer(list(model.parameters()))
-    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    accepted = inspect.signature(type(inner)).parameters
-    options = {key: value for key, value in inner.defaults.items() if key in accepted}
-    return Contender(model, wrapped, ZeroRedundancyOptimizer(model.parameters(), type(inner), **options))
-
-
-def with_fsdp(workload: Workload, model: nn.Module) -> Contender:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for child in model.children():
-        if sum(p.nbytes for p in child.parameters()) >= _FSDP_UNIT_BYTES:
-            fully_shard(child, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return Contender(model, model, workload.make_optimizer(list(model.parameters())))
-
-
-CONTENDERS: dict[str, Callable[[Workload, nn.Module], Contender]] = {
-    FLOOR: plain,
-    "heatopt": with_heatopt,
-    'heatopt shard="state"': with_shards,
-    DDP: with_ddp,
-    "DDP + ZeroRedundancy": with_zero_redundancy,
-    "FSDP2 gloo": with_fsdp,
-}
-
-
-def measure(comm: Communicator, workload: Workload, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds per step of each contender and round, and what their parameters have become."""
-    batch = workload.make_batch(torch.Generator().manual_seed(comm.rank))
-    contenders: dict[str, Contender] = {}
-    digests: dict[str, str] = {}
-    for name in options.contenders:
+    def prepare(self, workload: str, warm_up: int) -> str:
+        """Make the model, and warm up; return what the parameters have become after the first steps."""
+        self._workload = WORKLOADS[workload]
+        self._batch = self._workload.make_batch(torch.Generator().manual_seed(self._comm.rank))
         torch.manual_seed(0)
-        contenders[name] = CONTENDERS[name](workload, workload.make_model())
-        for step in range(options.warm_up if name.startswith("heatopt") else _COMPARED_STEPS):
-            contenders[name].step(workload, batch)
-            if step == _COMPARED_STEPS - 1 and name != FLOOR:
-                digests[name] = contenders[name].digest()
-    steps = {name: partial(contender.step, workload, batch) for name, contender in contenders.items()}
-    times = interleave(comm, steps, options.rounds, options.steps)
-    optimizer = contenders["heatopt"].optimizer if "heatopt" in contenders else None
+        self._contender: Contender = CONTENDERS[self._name](self._comm, self._workload, self._workload.make_model())
+        digest = ""
+        for step in range(warm_up):
+            self._contender.step(self._workload, self._batch)
+            if step == _COMPARED_STEPS - 1:
+                digest = self._contender.digest()
+        return digest
+
+    def time(self, steps: int) -> float:
+        """Milliseconds per step of this rank."""
+        self._comm.barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._contender.step(self._workload, self._batch)
+        return (time.perf_counter() - start) / steps * 1e3
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of the numbers must know."""
+        optimizer = self._contender.optimizer
+        report = optimizer.report() if isinstance(optimizer, heatopt.DataParallelOptimizer) else None
+        return {"setting": setting(self._comm), "report": report}
+
+
+def measure(workload: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds per step of the slowest rank, by contender and round, and what their parameters have become."""
+    jobs: dict[str, Job] = {}
+    digests: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    try:
+        for name in options.contenders:
+            try:
+                jobs[name] = Job(options.ranks, Path(__file__), ["--perform", name])
+                digest, *_ = set(jobs[name].call("prepare", workload, options.warm_up))
+            except JobError as error:
+                missing[name] = str(error)
+                if name in jobs:
+                    jobs.pop(name).close()
+                continue
+            digests |= {name: digest} if name != FLOOR else {}
+        if not jobs:
+            raise SystemExit(f"no contender could start: {missing}")
+        times = take_turns(jobs, options.rounds, options.steps)
+        descriptions = {name: job.call("describe")[0] for name, job in jobs.items()}
+    finally:
+        for job in jobs.values():
+            job.close()
     return {
-        "workload": workload.name,
+        "workload": workload,
         "milliseconds": times,
         "parameters after 5 steps": digests,
-        "heatopt": optimizer.report() if isinstance(optimizer, heatopt.DataParallelOptimizer) else None,
+        "missing": missing,
+        "reports": {name: found["report"] for name, found in descriptions.items() if found["report"]},
+        "setting": next((found["setting"] for found in descriptions.values()), None),
     }
+
+
+def take_turns(jobs: dict[str, Job], rounds: int, steps: int) -> _Times:
+    """Time all jobs in each round, beginning with another one each time; the first round only warms up."""
+    names = list(jobs)
+    times: _Times = {name: [] for name in names}
+    for number in range(rounds + 1):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            jobs[name].call("time", 1)  # its memory is in the caches again
+            milliseconds = max(jobs[name].call("time", steps))
+            if number:
+                times[name].append(milliseconds)
+    return times
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -143,7 +130,10 @@ def show(results: list[dict[str, Any]]) -> None:
             ratios = [f"{median_ratio(times, name, peer):.3f}" if peer in times else "" for peer in (FLOOR, DDP)]
             digest = result["parameters after 5 steps"].get(name, "")
             table.add_row(result["workload"], name, f"{statistics.median(times[name]):.1f}", *ratios, digest)
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    for name, reason in {k: v for result in results for k, v in result["missing"].items()}.items():
+        console.print(f"without {name}: {reason}", highlight=False)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -157,13 +147,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     names = [name for name in results[0]["milliseconds"] if name != FLOOR]
     for place, name in enumerate(names):
         positions = [group + (place + 0.5) / (len(names) + 1) for group in range(len(results))]
-        bars = axes.bar(
-            positions,
-            [median_ratio(result["milliseconds"], name, FLOOR) for result in results],
-            0.9 / (len(names) + 1),
-            label=name,
-        )
-        axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        ratios = [median_ratio(result["milliseconds"], name, FLOOR) for result in results]
+        bars = axes.bar(positions, ratios, 0.9 / (len(names) + 1), label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks([group + 0.4 for group in range(len(results))], [result["workload"] for result in results])
     axes.set_ylabel("time of a step / without synchronisation")
@@ -172,27 +158,38 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of each contender (default %(default)s)")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps per round and contender (default %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=36, help="steps of heatopt before (default %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=40, help="steps before the first round (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write all times to this file")
     parser.add_argument("--png", type=Path, help="draw the ratios to the step without synchronisation")
+    parser.add_argument("--perform", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    comm = heatopt.world()
-    open_gloo(comm)
-    results = [measure(comm, WORKLOADS[name], options) for name in options.workloads]
-    if comm.rank == 0:
-        show(results)
-        if options.png and FLOOR in options.contenders:
-            draw(results, options.png)
-    write_json(options.json, comm, results)
-    comm.barrier()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if min(options.ranks, options.rounds, options.steps) < 1 or options.warm_up < _COMPARED_STEPS:
+        parser.error(f"--ranks, --rounds and --steps must be at least 1, --warm-up at least {_COMPARED_STEPS}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if options.perform:
+        Stage(options.perform).serve()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results = [measure(name, options) for name in options.workloads]
+    show(results)
+    if options.png and FLOOR in options.contenders:
+        draw(results, options.png)
+    if options.json:
+        write_results(options.json, results[0].pop("setting"), results)
 
 
 if __name__ == "__main__":
