@@ -58,6 +58,7 @@ COMM_NAMES = {
     "TorchCommunicator",
     "Work",
     "check_timeout",
+    "detect_launch",
     "rendezvous_store",
     "world",
 }

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from heatopt.comm._communicator import Communicator, NodeGroups
-from heatopt.comm._launch import world
+from heatopt.comm._launch import detect_launch, world
 from heatopt.comm._node_reduction import BucketMemory, ReduceOptions
 from heatopt.comm._settings import check_timeout
 from heatopt.comm._single import SingleCommunicator
@@ -34,6 +34,7 @@ __all__ = [
     "TorchCommunicator",
     "Work",
     "check_timeout",
+    "detect_launch",
     "rendezvous_store",
     "world",
 ]

@@ -38,7 +38,7 @@ LAYERS = (
     ("heatopt.sharding",),
     ("heatopt.checkpoint",),
     ("heatopt.optim",),
-    ("heatopt", "heatopt.lr_scheduler"),
+    ("heatopt", "heatopt.lr_scheduler", "heatopt.cli", "heatopt.__main__"),
 )
 
 # Libraries that start things or that are optional: for the communicators alone, and not before one is made.
