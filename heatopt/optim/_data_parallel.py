@@ -16,7 +16,7 @@ from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._flat import FlatStepper
 from heatopt.optim._ownership import claim, refuse_owned
-from heatopt.sharding import ShardedStates, States, WholeStates
+from heatopt.sharding import ShardedStates, States, WholeStates, sharded_states
 from heatopt.sync import (
     Call,
     Gradients,
@@ -71,7 +71,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             they share (checkpoints are the same). For all algorithms but Adafactor, LBFGS, Muon and SparseAdam.
         shard: ``"state"``: each rank keeps the optimizer state of its part of the parameters alone, updates that part,
             and receives the others, with the results of ``"none"`` (the default). ``state`` shows that part; ``join()``
-            makes them whole. Not for LBFGS, nor with ``fuse``.
+            makes them whole. LBFGS agrees to rounding, its inner products being sums over ranks. Not with ``fuse``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -146,7 +146,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             sync = GradientSync(comm, lambda: torch_optimizer.param_groups, names, settings)
             self._gradients = sync
             if settings.shard == "state":
-                self._stepper = self._states = ShardedStates(
+                self._stepper = self._states = sharded_states(
                     torch_optimizer, sync.channel, sync.meet_for_states, layout
                 )
         super().__setstate__({})  # hooks' dictionaries and torch's profiling

@@ -49,10 +49,10 @@ def manner_of(optimizer: torch.optim.Optimizer) -> Manner:
 
 def check_shardable(optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError if the state of ``optimizer`` cannot be sharded."""
-    if manner_of(optimizer) is Manner.WHOLE_PROBLEM:
+    if manner_of(optimizer) is Manner.WHOLE_PROBLEM and type(optimizer) is not torch.optim.LBFGS:
         raise ValueError(
-            f"shard='state' cannot shard {type(optimizer).__name__} yet: each of its updates needs inner products "
-            "over all parameters; use shard='none'"
+            f"shard='state' can shard LBFGS itself, but not {type(optimizer).__name__}: what a subclass computes with "
+            "vectors over all parameters is not known; use shard='none'"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("shard='state' cannot update parameter groups with differentiable=True; use shard='none'")

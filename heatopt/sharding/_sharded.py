@@ -163,8 +163,11 @@ class ShardedStates(States):
         ):
             sparse |= layout.whole
             self.gather()
+        return self._current_views(parameters, frozenset(sparse))
+
+    def _current_views(self, parameters: list[torch.Tensor], whole: frozenset[int]) -> Views:
         if self._layout is None:
-            self._divide(parameters, frozenset(sparse))
+            self._divide(parameters, whole)
         assert self._layout is not None
         comm = self._channel()
         if not self._memories:
@@ -198,6 +201,10 @@ class ShardedStates(States):
         self._memories = []
         state = self._optimizer.state
         self._first_used = [*state, *(p for p in self._first_used if p not in state)]
+        self._keep_own_part(parameters)
+
+    def _keep_own_part(self, parameters: Sequence[torch.Tensor]) -> None:
+        state = self._optimizer.state
         for index, parameter in enumerate(parameters):
             if parameter not in state:
                 continue

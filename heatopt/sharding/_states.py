@@ -88,14 +88,20 @@ class WholeStates(States):
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with memory of its own."""
-    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+    return {key: _copy(value) for key, value in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
 def replace_entry(state: dict[str, Any], name: str, value: Any) -> None:
     """Set one entry; a tensor that is there keeps its dtype, device and memory."""
     present = state.get(name)
     if not isinstance(present, torch.Tensor):
-        state[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+        state[name] = _copy(value)
         return
     given = torch.as_tensor(value)
     if given.shape != present.shape:

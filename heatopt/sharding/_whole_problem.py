@@ -1,0 +1,137 @@
+"""LBFGS, whose updates need inner products over all parameters, with its history divided among the ranks.
+
+[Note: Whole problems]
+torch's LBFGS lays all parameters side by side and computes with vectors over them: two for each update that it
+remembers. Here torch's own code runs on every rank, with vectors of which a rank holds its part: see
+:class:`~heatopt.sharding._vectors.SplitVector`. All ranks see the same losses, inner products and norms, so they take
+the same branches and evaluate the closure equally often. A step changes this rank's pieces of the parameters; before
+each evaluation of the closure, and at the end, all ranks receive all pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator
+from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, spans
+from heatopt.sharding._sharded import ShardedStates
+from heatopt.sharding._states import copied, replace_entry
+from heatopt.sharding._views import Views
+
+__all__ = ["WholeProblemStates", "sharded_states"]
+
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
+_GATHERING = "gathering of a sharded LBFGS history"
+
+
+def sharded_states(
+    optimizer: torch.optim.Optimizer,
+    channel: Callable[[], Communicator],
+    meet: Callable[[], Communicator],
+    layout: Any = None,
+) -> ShardedStates:
+    """The sharded states of any ``optimizer``; the arguments are those of :class:`ShardedStates`."""
+    kind = WholeProblemStates if isinstance(optimizer, torch.optim.LBFGS) else ShardedStates
+    return kind(optimizer, channel, meet, layout)
+
+
+class WholeProblemStates(ShardedStates):
+    """Updates and holds this rank's part of LBFGS's vectors. See [Note: Whole problems].
+
+    torch keeps the whole state as that of the first parameter. So does every rank here, with its part of the vectors.
+    """
+
+    @property
+    def _cuts_nothing(self) -> bool:
+        return False
+
+    # Updates
+
+    def _step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.no_grad():
+            # torch refuses what has no closure, or several groups.
+            if self._keep_whole or closure is None or len(optimizer.param_groups) != 1:
+                return self._update(optimizer, *(() if closure is None else (closure,)))
+            parameters = self._parameters()
+            own = OwnPart(optimizer.param_groups, parameters)
+            try:
+                loss = self._update(own, lambda: self._evaluate(closure, own, parameters))
+            finally:
+                if own.is_ready:
+                    optimizer.state[parameters[0]] = own.plain_state()
+            own.share()
+        return loss
+
+    def _evaluate(self, closure: Callable[[], Any], own: OwnPart, parameters: list[torch.Tensor]) -> Any:
+        own.share()
+        loss = closure()
+        with torch.no_grad():
+            if own.is_ready:
+                own.refresh()
+            else:  # not before: in the first evaluation the ranks find out whether all of them have loaded a state
+                views = self._prepare(parameters)
+                own.take(views, self._channel(), self._optimizer.state.get(parameters[0], {}))
+        return loss
+
+    def _prepare(self, parameters: list[torch.Tensor]) -> Views:
+        devices = sorted(set(map(str, map(_DEVICE, parameters))))
+        if len(devices) > 1:
+            raise ValueError(f"LBFGS needs all parameters on one device, got {', '.join(devices)}")
+        if self._layout is not None and list(map(_DTYPE, parameters)) != list(self._layout.dtypes):
+            self.gather()
+        return self._current_views(parameters, frozenset())
+
+    # States
+
+    def _keep_own_part(self, parameters: Sequence[torch.Tensor]) -> None:
+        state = self._optimizer.state
+        if parameters[0] in state:
+            state[parameters[0]] = each_vector(state[parameters[0]], self._own_part)
+
+    def _own_part(self, vector: Any, name: str) -> torch.Tensor:
+        """This rank's part of a whole vector, with memory of its own."""
+        assert self._layout is not None
+        parameters = self._parameters()
+        shape, vector = (sum(map(count_reals, parameters)),), torch.as_tensor(vector)
+        if vector.shape != shape:
+            raise ValueError(f"state {name!r} has shape {shape}, got {tuple(vector.shape)}")
+        places = spans(parameters, self._layout.blocks, self._layout.rank)
+        return torch.cat([vector[:0], *(vector[start:stop] for start, stop in places)])
+
+    def _whole_states(self, indices: Iterable[int]) -> dict[torch.Tensor, dict[str, Any]]:
+        parameters, state = self._parameters(), self._optimizer.state
+        known = {parameters[index]: state[parameters[index]] for index in indices if parameters[index] in state}
+        return {p: each_vector(copied(entries), self._gatherer(entries)) for p, entries in known.items()}
+
+    def _gatherer(self, state: Mapping[str, Any]) -> Callable[[torch.Tensor, str], torch.Tensor]:
+        """A function that makes a vector of ``state`` whole. Collective, as is each call of the function."""
+        assert self._layout is not None
+        comm, parameters = self._channel(), self._parameters()
+        outline: list[str] = []
+        each_vector(state, lambda part, name: outline.append(f"{name} {part.dtype}"))
+        comm.agree_on(outline, _GATHERING)  # a rank that was interrupted alone may remember less
+        places = [spans(parameters, self._layout.blocks, rank) for rank in range(comm.size)]
+        lengths = [sum(stop - start for start, stop in found) for found in places]
+
+        def gather(part: torch.Tensor, name: str) -> torch.Tensor:
+            padded = torch.zeros(max(lengths), dtype=part.dtype)
+            padded[: part.numel()] = part
+            rows = comm.gather_rows(padded.view(torch.uint8), f"{_GATHERING}: {name}").view(part.dtype)
+            whole = part.new_empty(sum(lengths))
+            for row, found in zip(rows, places, strict=True):
+                taken = 0
+                for start, stop in found:
+                    whole[start:stop] = row[taken : taken + stop - start]
+                    taken += stop - start
+            return whole
+
+        return gather
+
+    def _set_own_part(self, index: int, parameter: torch.Tensor, name: str, value: Any) -> None:
+        if index == 0 and self._layout is not None:
+            value = each_vector({name: value}, self._own_part)[name]
+        replace_entry(self._optimizer.state[parameter], name, value)
