@@ -10,7 +10,7 @@ import torch
 
 import heatopt
 from heatopt.comm import ThreadWorld
-from tests.ranks._training import ALGORITHMS, Algorithm, assert_equal, batch, wrap
+from tests.ranks._training import ALGORITHMS, Algorithm, assert_close, assert_equal, batch, wrap
 from tests.support.launch import LAUNCH
 from tests.support.ranks import Ranks
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from heatopt.comm import Communicator
 
 MODES = ("none", "state")
-sharded = pytest.mark.parametrize(
-    "algorithm", [a for a in ALGORITHMS if a.name != "LBFGS"], ids=lambda algorithm: algorithm.name
-)
+sharded = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
 
 
 def make(
@@ -45,6 +43,9 @@ def test_training_goes_on_bit_for_bit(ranks: Ranks, algorithm: Algorithm, tmp_pa
             heatopt.load(path, model=again, optimizer=other)
             for step in range(3, 6):
                 algorithm.update(other, again, batch(step, comm.rank))
+            if algorithm.name == "LBFGS" and mode == "none":  # adds up its inner products in another order
+                assert_close(again, model)
+                continue
             assert_equal(again, model)
             assert_equal(other.state_dict(), optimizer.state_dict())
 

@@ -18,13 +18,11 @@ from tests.support.problems import Net, Table, words
 from tests.support.ranks import Ranks
 from tests.support.training import SMALL_BUCKET_MB, train, train_alone, train_as_rank
 
-CASES = [
-    case
-    for case in option_cases(thorough=not LAUNCH.launched)
-    if case.values[0].name != "LBFGS" and case.values[0].takes_dense
-]
-DEFAULTS = [case for case in default_cases() if case.name != "LBFGS"]
+CASES = [case for case in option_cases(thorough=not LAUNCH.launched) if case.values[0].takes_dense]
+DEFAULTS = default_cases()
 DENSE = [case for case in DEFAULTS if case.takes_dense]
+# The inner products of LBFGS are added up in another order, so that last bits differ: see test_shard_lbfgs.
+SAME_BITS = [case for case in DENSE if case.name != "LBFGS"]
 # A kernel rounds a number differently in a full vector and at the end of a tensor, and the ends of pieces are others.
 KERNEL = 1e-12
 
@@ -45,7 +43,9 @@ def test_equals_no_sharding(ranks: Ranks, case: Case) -> None:
 
     def body(comm: Communicator) -> None:
         whole, sharded = both(comm, case, 2)
-        if case.options.get("fused"):
+        if case.name == "LBFGS":
+            assert_all_close([sharded], whole, case)
+        elif case.options.get("fused"):
             parity.assert_close(sharded, whole, KERNEL, "the sharded optimizer")
         else:
             parity.assert_same_bits(sharded, whole, "the sharded optimizer")
@@ -68,7 +68,7 @@ def test_equals_one_process(ranks: Ranks, case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128])
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SAME_BITS, ids=lambda case: case.name)
 def test_dtypes(ranks: Ranks, case: Case, dtype: torch.dtype) -> None:
     if dtype.is_complex and not case.takes_complex:
         pytest.skip("torch refuses")
@@ -116,7 +116,7 @@ def test_sparse_gradients(ranks: Ranks, name: str, dense: bool, known: bool) -> 
     ranks(body, min_size=2)
 
 
-@pytest.mark.parametrize("case", [c for c in DENSE if not c.matrices_only], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in SAME_BITS if not c.matrices_only], ids=lambda case: case.name)
 def test_missing_gradients(ranks: Ranks, case: Case) -> None:
     """A parameter without a gradient on any rank is skipped, and has no state before its first one."""
     shapes = [(3, 5), (1,), (2, 2), (7,), (4, 3)]

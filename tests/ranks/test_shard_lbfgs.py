@@ -527,11 +527,3 @@ def test_what_torch_refuses(ranks: Ranks) -> None:
         assert optimizer.get_states(net.first)["d"].shape == (sum(p.numel() for p in net.parameters()),)
 
     ranks(body)
-
-
-def test_subclasses_are_refused() -> None:
-    class Other(torch.optim.LBFGS):
-        """May compute anything."""
-
-    with pytest.raises(ValueError, match="not Other"):
-        DataParallelOptimizer(Other([parameter((2,))]), shard="state")

@@ -23,7 +23,7 @@ from tests.support.problems import Net
 from tests.support.ranks import Ranks
 from tests.support.training import train, train_alone
 
-DEFAULTS = [case for case in default_cases() if case.name != "LBFGS" and case.takes_dense]
+DEFAULTS = [case for case in default_cases() if case.takes_dense and not case.needs_closure]  # see test_shard_lbfgs
 ELEMENTWISE = [case for case in DEFAULTS if case.name not in ("Adafactor", "Muon")]
 ADAMW = Case(torch.optim.AdamW)
 
