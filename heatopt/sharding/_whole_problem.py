@@ -62,7 +62,7 @@ class WholeProblemStates(ShardedStates):
                 loss = self._update(own, lambda: self._evaluate(closure, own, parameters))
             finally:
                 if own.is_ready:
-                    optimizer.state[parameters[0]] = own.plain_state()
+                    optimizer.state[parameters[0]].update(own.plain_state())
             own.share()
         return loss
 
@@ -83,9 +83,20 @@ class WholeProblemStates(ShardedStates):
             raise ValueError(f"LBFGS needs all parameters on one device, got {', '.join(devices)}")
         if self._layout is not None and list(map(_DTYPE, parameters)) != list(self._layout.dtypes):
             self.gather()
+        if self._layout is None:
+            self._check_whole(parameters)
         return self._current_views(parameters, frozenset())
 
     # States
+
+    def _check_whole(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise, on all ranks, unless the states that they are about to divide are equal and fit. Collective."""
+        state = self._optimizer.state.get(parameters[0], {})
+        vectors = _outline(state, lambda vector: tuple(vector.shape))
+        self._channel().agree_on([*state, state.get("n_iter"), *vectors], "LBFGS.step() from a state")
+        expected = (sum(map(count_reals, parameters)),)
+        for name, shape in vectors:
+            _require_shape(name, expected, shape)
 
     def _keep_own_part(self, parameters: Sequence[torch.Tensor]) -> None:
         state = self._optimizer.state
@@ -96,9 +107,8 @@ class WholeProblemStates(ShardedStates):
         """This rank's part of a whole vector, with memory of its own."""
         assert self._layout is not None
         parameters = self._parameters()
-        shape, vector = (sum(map(count_reals, parameters)),), torch.as_tensor(vector)
-        if vector.shape != shape:
-            raise ValueError(f"state {name!r} has shape {shape}, got {tuple(vector.shape)}")
+        vector = torch.as_tensor(vector)
+        _require_shape(name, (sum(map(count_reals, parameters)),), tuple(vector.shape))
         places = spans(parameters, self._layout.blocks, self._layout.rank)
         return torch.cat([vector[:0], *(vector[start:stop] for start, stop in places)])
 
@@ -111,9 +121,7 @@ class WholeProblemStates(ShardedStates):
         """A function that makes a vector of ``state`` whole. Collective, as is each call of the function."""
         assert self._layout is not None
         comm, parameters = self._channel(), self._parameters()
-        outline: list[str] = []
-        each_vector(state, lambda part, name: outline.append(f"{name} {part.dtype}"))
-        comm.agree_on(outline, _GATHERING)  # a rank that was interrupted alone may remember less
+        comm.agree_on(_outline(state, _DTYPE), _GATHERING)  # a rank that was interrupted alone may remember less
         places = [spans(parameters, self._layout.blocks, rank) for rank in range(comm.size)]
         lengths = [sum(stop - start for start, stop in found) for found in places]
 
@@ -135,3 +143,17 @@ class WholeProblemStates(ShardedStates):
         if index == 0 and self._layout is not None:
             value = each_vector({name: value}, self._own_part)[name]
         replace_entry(self._optimizer.state[parameter], name, value)
+
+
+def _outline(state: Mapping[str, Any], describe: Callable[[torch.Tensor], Any]) -> list[tuple[str, Any]]:
+    """Name and description of each vector in ``state``."""
+    outline: list[tuple[str, Any]] = []
+    each_vector(state, lambda vector, name: outline.append((name, describe(vector))))
+    return outline
+
+
+def _require_shape(name: str, expected: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise ValueError(
+            f"state {name!r} must have shape {expected}, one for each element, but it is {shape}"
+        )

@@ -411,9 +411,10 @@ def test_existing_state_is_divided(ranks: Ranks) -> None:
     ranks(body, min_size=2)
 
 
-def test_states_of_one_parameter(ranks: Ranks) -> None:
+@pytest.mark.parametrize("shard", ["none", "state"])
+def test_states_of_one_parameter(ranks: Ranks, shard: str) -> None:
     def body(comm: Communicator) -> None:
-        net, optimizer = trained(comm)
+        net, optimizer = trained(comm, shard)
         whole = optimizer.state_dict()["state"]
         for index, own in enumerate(net.parameters()):
             parity.assert_same_bits(optimizer.get_states(own), whole.get(index, {}), "the state of one parameter")
@@ -429,7 +430,8 @@ def test_states_of_one_parameter(ranks: Ranks) -> None:
         found["old_stps"][0].zero_()
         assert optimizer.get_states(net.first)["old_dirs"][1].any()
         assert optimizer.get_states(net.first)["old_stps"][0].any()
-        for name, value in (("d", torch.ones(3)), ("old_dirs", [torch.ones(3)])):
+        wrong = {"d": torch.ones(3)} | ({"old_dirs": [torch.ones(3)]} if shard == "state" else {})
+        for name, value in wrong.items():
             with pytest.raises(ValueError, match="shape"):
                 optimizer.set_states(net.first, name, value)
 
@@ -502,6 +504,33 @@ def test_load_on_one_rank_is_noticed(ranks: Ranks) -> None:
     ranks(body, min_size=2)
 
 
+def test_other_histories_on_one_rank_are_noticed(ranks: Ranks) -> None:
+    """They would be other numbers of inner products."""
+
+    def body(comm: Communicator) -> None:
+        net, optimizer = trained(comm)
+        state_dict = optimizer.state_dict()
+        if comm.rank == comm.size - 1:
+            for name in ("old_dirs", "old_stps", "ro"):
+                state_dict["state"][0][name].pop()
+        optimizer.load_state_dict(state_dict)
+        with pytest.raises(RankMismatchError, match=r"LBFGS\.step\(\) from a state"):
+            train(optimizer, net.losses(comm.size, comm.rank)[:1])
+
+    ranks(body, min_size=2)
+
+
+def test_no_iterations(ranks: Ranks) -> None:
+    """torch leaves a state of nothing, which is whole and divided at once."""
+
+    def body(comm: Communicator) -> None:
+        net, optimizer = trained(comm, max_iter=0)
+        assert optimizer.get_states(net.first)["d"] is None
+        train(optimizer, net.losses(comm.size, comm.rank)[:1])
+
+    ranks(body)
+
+
 def test_state_of_another_problem_is_refused(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         _, optimizer = trained(comm)
@@ -510,7 +539,7 @@ def test_state_of_another_problem_is_refused(ranks: Ranks) -> None:
         state_dict = optimizer.state_dict()
         state_dict["param_groups"][0]["params"] = [0]
         other.load_state_dict(state_dict)
-        with pytest.raises(ValueError, match=r"state '.*' has shape \(15,\), got"):
+        with pytest.raises(ValueError, match=r"state '.*' must have shape \(15,\), .* got"):
             train(other, [quadratic(parameters, comm.rank)])
 
     ranks(body, min_size=2)
