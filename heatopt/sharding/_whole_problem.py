@@ -70,11 +70,10 @@ class WholeProblemStates(ShardedStates):
         own.share()
         loss = closure()
         with torch.no_grad():
-            if own.is_ready:
-                own.refresh()
-            else:  # not before: in the first evaluation the ranks find out whether all of them have loaded a state
+            if not own.is_ready:  # not before: within an evaluation the ranks compare what each of them has loaded
                 views = self._prepare(parameters)
                 own.take(views, self._channel(), self._optimizer.state.get(parameters[0], {}))
+            own.refresh()
         return loss
 
     def _prepare(self, parameters: list[torch.Tensor]) -> Views:
@@ -154,6 +153,4 @@ def _outline(state: Mapping[str, Any], describe: Callable[[torch.Tensor], Any]) 
 
 def _require_shape(name: str, expected: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if shape != expected:
-        raise ValueError(
-            f"state {name!r} must have shape {expected}, one for each element, but it is {shape}"
-        )
+        raise ValueError(f"state {name!r} must have shape {expected}, as the parameters side by side have, got {shape}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator, ThreadWorld
 from heatopt.errors import RankMismatchError
+from heatopt.sharding._vectors import SplitVector
 from tests.support import parity
 from tests.support.launch import LAUNCH
 from tests.support.problems import Net, Table, words
@@ -195,7 +197,10 @@ def test_parameters_of_any_strides(ranks: Ranks) -> None:
             for matrix in [p for p in net.parameters() if p.dim() == 2 and columns]:
                 matrix.data = matrix.data.t().contiguous().t()
             optimizer = wrap(comm, net.parameters(), "state", **options_of("strong_wolfe"))
-            train(optimizer, net.losses(comm.size, comm.rank))
+            for loss in net.losses(comm.size, comm.rank):
+                train(optimizer, [loss])
+                with torch.no_grad():
+                    net.second.add_(0.1)  # there may be a copy of it in another order, which must follow
             results.append(parity.snapshot(net, optimizer))
         parity.assert_ranks_equal(comm, results[1])
         assert_alike(results[1], results[0])
@@ -297,6 +302,29 @@ def test_error_in_one_closure_ends_all_ranks(evaluation: int) -> None:
 
     with pytest.raises(ZeroDivisionError):
         ThreadWorld(3, timeout=20).run(body)
+
+
+@pytest.mark.parametrize("odd", [1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_numbers_of_vectors(ranks: Ranks, dtype: torch.dtype, odd: float) -> None:
+    """An odd element on any rank counts; the last rank may have no element."""
+
+    def body(comm: Communicator) -> None:
+        ends = [(11 * rank) // (comm.size - 1) for rank in range(comm.size)] + [11]
+        own = slice(ends[comm.rank], ends[comm.rank + 1])
+        for place in range(11):
+            whole = torch.arange(11, dtype=dtype)
+            whole[place] = odd
+            vector = SplitVector(whole[own].clone(), comm)
+            found = [vector.sum(), vector.max(), vector.dot(vector), vector.abs().max(), torch.mul(vector, 2).sum()]
+            expected = [whole.sum(), whole.max(), whole.dot(whole), whole.abs().max(), torch.mul(whole, 2).sum()]
+            torch.testing.assert_close(found, expected, equal_nan=True)
+        with pytest.raises(TypeError):
+            torch.linalg.vector_norm(vector)
+        with pytest.raises(AttributeError):
+            vector.norm()  # type: ignore[attr-defined]
+
+    ranks(body, min_size=2)
 
 
 # What it costs
