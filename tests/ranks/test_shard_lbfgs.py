@@ -352,28 +352,33 @@ def test_memory(ranks: Ranks) -> None:
 @one_process
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_traffic(size: int) -> None:
-    """One word for each inner product or norm, and one exchange of parameters for each evaluation."""
+    """One word for each inner product or norm, and one exchange of parameters for each of their changes."""
     world = ThreadWorld(size, timeout=20)
-    number = 8  # bytes
+    word = 8  # bytes
+    shared = ("all_gather", -(-22 // size) * word)
 
     def body(comm: Communicator) -> list[Any]:
         parameters = [parameter((3, 5)), parameter((7,))]
-        optimizer = wrap(comm, parameters, "state", **options_of(None, max_iter=3))
-        losses = [quadratic(parameters, comm.rank)]
-        train(optimizer, losses)
-        before = len([event for event in world.events if event.rank == comm.rank])
-        _, evaluations = train(optimizer, losses)
-        own = [(event.kind, event.bytes) for event in list(world.events) if event.rank == comm.rank][before:]
-        row = -(-22 // size) * number
-        remembered = [3, 4, 5]  # in each iteration
-        gradient = 1
-        progress = [1, 1, 0]  # is there any?
-        assert evaluations == 3
-        assert own.count(("words", number)) == gradient * evaluations + sum(3 + 2 * m for m in remembered) + sum(
-            progress
-        )
-        assert own.count(("all_gather", row)) >= evaluations
-        return own
+        optimizer = wrap(comm, parameters, "state", **options_of(None, max_iter=3, history_size=4))
+
+        def step() -> list[tuple[str, int]]:
+            before = len([event for event in world.events if event.rank == comm.rank])
+            train(optimizer, [quadratic(parameters, comm.rank)])
+            own = [event for event in list(world.events) if event.rank == comm.rank]
+            return [(event.kind, event.bytes) for event in own[before:]]
+
+        step()
+        full = step()
+        remembered = (3, 4, 4)  # pairs in each iteration; the fifth pair takes the place of the first
+        evaluations, last = 3, 1  # after the last iteration there is no evaluation, and no look at the progress
+        products = sum(2 + 2 * pairs + 1 for pairs in remembered)
+        assert full.count(("words", word)) == evaluations + products + len(remembered) - last
+        assert full.count(shared) == evaluations
+        optimizer.param_groups[0]["max_eval"] = 2
+        short = step()  # ends with an evaluation: there is no change after it
+        assert short.count(("words", word)) == 2 + 2 + 2 * 4 + 1
+        assert short.count(shared) == 1
+        return full + short
 
     events = world.run(body)
     assert all(found == events[0] for found in events)
