@@ -100,7 +100,7 @@ class WholeProblemStates(ShardedStates):
     def _keep_own_part(self, parameters: Sequence[torch.Tensor]) -> None:
         state = self._optimizer.state
         if parameters[0] in state:
-            state[parameters[0]] = each_vector(state[parameters[0]], self._own_part)
+            state[parameters[0]].update(each_vector(state[parameters[0]], self._own_part))
 
     def _own_part(self, vector: Any, name: str) -> torch.Tensor:
         """This rank's part of a whole vector, with memory of its own."""

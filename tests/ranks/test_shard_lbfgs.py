@@ -482,6 +482,31 @@ def test_copies(ranks: Ranks) -> None:
     ranks(body)
 
 
+def test_hooks_schedulers_and_states_within_a_closure(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        results = []
+        for shard in ("none", "state"):
+            net, optimizer = trained(comm, shard)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            hooked: list[str] = []
+            optimizer.torch_optimizer.register_step_pre_hook(lambda *_, hooked=hooked: hooked.append("before"))
+            optimizer.torch_optimizer.register_step_post_hook(lambda *_, hooked=hooked: hooked.append("after"))
+
+            def compute(net: Net = net, optimizer: Any = optimizer) -> torch.Tensor:
+                found = optimizer.get_states(net.first)
+                assert found["d"].shape == found["old_dirs"][-1].shape == (sum(p.numel() for p in net.parameters()),)
+                return net.losses(comm.size, comm.rank)[0]()
+
+            train(optimizer, [compute])
+            scheduler.step()
+            train(optimizer, [compute])
+            assert hooked == ["before", "after"] * 2
+            results.append(parity.snapshot(net, optimizer))
+        assert_alike(results[1], results[0])
+
+    ranks(body)
+
+
 def test_join(ranks: Ranks) -> None:
     """Ranks with unequal numbers of batches; afterwards the history is divided again."""
 
