@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["TensorTable", "decode", "dtype_name", "encode", "named_dtype"]
+from heatopt.sharding import Part
+
+__all__ = ["TensorTable", "decode", "dtype_name", "encode", "items_of", "name_of_tensor", "named_dtype"]
 
 # An object with one of these as its only key stands for something that JSON does not have.
 _FLOAT, _TUPLE, _DICT, _COUNTER = "$float", "$tuple", "$dict", "$counter"
@@ -22,6 +24,8 @@ class TensorTable(dict[str, torch.Tensor]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.parts: dict[str, Part] = {}
+        """What ranks hold in parts, by name."""
         self._names: dict[tuple[object, ...], str] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
@@ -37,11 +41,21 @@ class TensorTable(dict[str, torch.Tensor]):
         )
         if tensor.numel() and same in self._names:
             return self._names[same]
-        unique, number = name, 1
-        while unique in self:
-            unique, number = f"{name}~{number}", number + 1
+        unique = self._unique(name)
         self[unique] = tensor
         self._names[same] = unique
+        return unique
+
+    def add_part(self, name: str, part: Part) -> str:
+        """Add what this rank has of a tensor and return its name, which is another one where ``name`` is taken."""
+        unique = self._unique(name)
+        self.parts[unique] = part
+        return unique
+
+    def _unique(self, name: str) -> str:
+        unique, number = name, 1
+        while unique in self or unique in self.parts:
+            unique, number = f"{name}~{number}", number + 1
         return unique
 
 
@@ -84,6 +98,8 @@ def _encode(value: Any, name: str, tensors: TensorTable) -> Any:
         return float(value) if math.isfinite(value) else {_FLOAT: struct.pack(">d", value).hex()}
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value, name, tensors)
+    if isinstance(value, Part):
+        return {_TENSOR: tensors.add_part(name, value)}
     if isinstance(value, torch.dtype):
         return {_DTYPE: dtype_name(value)}
     if isinstance(value, list):
@@ -120,6 +136,24 @@ def _encode_tensor(tensor: torch.Tensor, name: str, tensors: TensorTable) -> Any
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise TypeError(f"{name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}: not supported")
     return {_TENSOR: tensors.add(name, tensor)}
+
+
+def name_of_tensor(value: Any) -> str | None:
+    """The name of the tensor for which an encoded value stands; None if it stands for something else."""
+    return value[_TENSOR] if isinstance(value, dict) and len(value) == 1 and _TENSOR in value else None
+
+
+def items_of(value: Any) -> list[tuple[Any, Any]]:
+    """The keys of an encoded dict, with their encoded values.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} is not a dict")
+    if len(value) == 1 and _DICT in value:
+        return [(decode(key, lambda name: name), item) for key, item in value[_DICT]]
+    return list(value.items())
 
 
 def decode(value: Any, tensor: Callable[[str], Any]) -> Any:

@@ -10,11 +10,25 @@ import torch
 
 from heatopt.checkpoint._codec import TensorTable, dtype_name, encode
 from heatopt.comm import Communicator, world
+from heatopt.sharding import States
 
-__all__ = ["REPLICATED", "check_objects", "check_path", "choose_communicator", "encode_all", "kind_of", "parameters_of"]
+__all__ = [
+    "REPLICATED",
+    "check_objects",
+    "check_path",
+    "choose_communicator",
+    "encode_all",
+    "kind_of",
+    "parameters_of",
+    "states_of",
+]
 
 REPLICATED = ("model", "optimizer")
 """Sections whose structure must be equal on all ranks."""
+
+_HOOKS = tuple(
+    f"_optimizer_{call}_{when}_hooks" for call in ("state_dict", "load_state_dict") for when in ("pre", "post")
+)
 
 _STATEFUL = ("scheduler", "scaler", "sampler")
 
@@ -76,12 +90,29 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[list[tuple[str, list
     return [[(dtype_name(p.dtype), list(p.shape)) for p in group["params"]] for group in optimizer.param_groups]
 
 
+def states_of(thing: object) -> States | None:
+    """What holds the states of a wrapped optimizer in parts, perhaps; None for anything else.
+
+    None too if the user's hooks look at its state dicts: they know torch's format, in which tensors are whole.
+    """
+    states = getattr(thing, "_states", None)  # the wrapper is a layer above this one
+    if not isinstance(states, States):
+        return None
+    hooks = [getattr(each, name) for each in (thing, getattr(thing, "torch_optimizer", thing)) for name in _HOOKS]
+    return None if any(hooks) else states
+
+
+def _state_dict(thing: Any) -> Any:
+    states = states_of(thing)
+    return thing.state_dict() if states is None else states.state_dict_in_parts()
+
+
 def encode_all(objects: Mapping[str, Any], extra: object, tensors: TensorTable) -> dict[str, Any]:
     """Encode the state of each object that is not None, and ``extra``.
 
     Raises:
         TypeError: something that a checkpoint cannot hold.
     """
-    sections = {name: encode(thing.state_dict(), name, tensors) for name, thing in objects.items() if thing is not None}
+    sections = {name: encode(_state_dict(thing), name, tensors) for name, thing in objects.items() if thing is not None}
     sections["extra"] = encode(extra, "extra", tensors)
     return sections

@@ -11,7 +11,7 @@ import torch
 
 from heatopt._log import logger
 from heatopt.checkpoint._agreement import raise_together
-from heatopt.checkpoint._contents import check_objects, check_path, choose_communicator
+from heatopt.checkpoint._contents import check_objects, check_path, choose_communicator, states_of
 from heatopt.checkpoint._files import MANIFEST, find, read_text
 from heatopt.checkpoint._fit import check_fit
 from heatopt.checkpoint._manifest import Manifest, parse
@@ -25,6 +25,8 @@ from heatopt.errors import CheckpointError
 __all__ = ["load"]
 
 _SMALL = ("scheduler", "scaler", "sampler")
+# Beside the sections, if the optimizer's has no more than this rank's part: which parameters have a state at all.
+_ORDER = "order of states"
 
 
 def load(
@@ -131,7 +133,13 @@ def _read(comm: Communicator, directory: str, manifest: Manifest, given: Mapping
         _check_differences(directory, manifest, comm, given)
         for rank in range(comm.rank, manifest.ranks, comm.size):
             reader.of_rank(rank).read("random")  # nobody needs it, but damage is to be noticed
-    return {name: reader.read(name) for name in (*given, "extra", "random")}
+    states = states_of(given.get("optimizer"))
+    wanted = None if states is None else states.wanted_elements()
+    if wanted is None:
+        return {name: reader.read(name) for name in (*given, "extra", "random")}
+    contents = {name: reader.read(name) for name in (*given, "extra", "random") if name != "optimizer"}
+    contents["optimizer"], contents[_ORDER] = reader.read_optimizer(wanted)
+    return contents
 
 
 def _check_differences(directory: str, manifest: Manifest, comm: Communicator, given: Mapping[str, Any]) -> None:
@@ -178,5 +186,8 @@ def _put_in_place(comm: Communicator, given: Mapping[str, Any], contents: Mappin
             restore_model(given["model"], contents["model"])
         if "optimizer" in given:
             restore_optimizer(given["optimizer"], contents["optimizer"])
+            states = states_of(given["optimizer"])
+            if states is not None and _ORDER in contents:
+                states.hold_parts(contents[_ORDER])
 
     _together(comm, put_large)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PIECE_BYTES", "Extent", "Piece", "cut", "extent_of", "fingerprint", "stored", "whole"]
+__all__ = ["PIECE_BYTES", "Extent", "Piece", "cut", "extent_of", "fingerprint", "pieces_of", "stored"]
 
-PIECE_BYTES = 64 * 2**20
-"""No piece is larger: reading it to check its hash takes no more memory than this."""
+PIECE_BYTES = 4 * 2**20
+"""No piece is larger. Who needs some of its elements reads all of it, for its hash: no more than this in vain."""
 
 STORED_AS = {
     torch.float64: "F64",
@@ -71,11 +71,6 @@ def extent_of(name: str, dtype: torch.dtype, numel: int = 1) -> Extent:
     return Extent(name, numel * one.numel(), one.element_size())
 
 
-def whole(extent: Extent) -> list[Piece]:
-    """All of a tensor, in pieces of at most ``PIECE_BYTES``."""
-    return _pieces(extent, 0, extent.count)
-
-
 def cut(extents: Sequence[Extent], size: int) -> list[list[Piece]]:
     """Divide the tensors, laid end to end, among ``size`` ranks: each gets as many bytes, up to one element."""
     total = sum(extent.nbytes for extent in extents)
@@ -86,12 +81,13 @@ def cut(extents: Sequence[Extent], size: int) -> list[list[Piece]]:
         elements = [min(max(-(-(bound - offset) // extent.itemsize), 0), extent.count) for bound in bounds]
         elements[-1] = extent.count if offset + extent.nbytes <= bounds[-1] else elements[-1]
         for rank in range(size):
-            parts[rank] += _pieces(extent, elements[rank], elements[rank + 1])
+            parts[rank] += pieces_of(extent, elements[rank], elements[rank + 1])
         offset += extent.nbytes
     return parts
 
 
-def _pieces(extent: Extent, start: int, stop: int) -> list[Piece]:
+def pieces_of(extent: Extent, start: int, stop: int) -> list[Piece]:
+    """The stored elements ``start`` to ``stop``, in pieces of at most ``PIECE_BYTES``."""
     step = PIECE_BYTES // extent.itemsize
     return [Piece(extent.name, first, min(first + step, stop)) for first in range(start, stop, step)]
 

@@ -43,7 +43,7 @@ class Written:
 
 
 def write_pieces(path: str, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Written:
-    """Write each piece of its stored tensor (the second of a pair, or just that piece of it) to a new file."""
+    """Write pieces, each with its stored elements, to a new file; one after the other passes through host memory."""
     # Wide elements first: readers map the file and need each element at a multiple of its size.
     ordered = sorted(pieces, key=lambda pair: -pair[1].element_size())
     entries: dict[str, Any] = {}
@@ -61,8 +61,7 @@ def write_pieces(path: str, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Wri
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
         for piece, flat in ordered:
-            part = flat if flat.numel() == piece.stop - piece.start else flat[piece.start : piece.stop]
-            data = part.cpu().view(torch.uint8).numpy().data
+            data = flat.cpu().view(torch.uint8).numpy().data
             hashes[piece.key] = hash_of(data)
             yield data
 
@@ -99,20 +98,20 @@ class RankFile:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
-    def read(self, piece: Piece, digest: str, target: torch.Tensor) -> None:
-        """Copy a piece into the one-dimensional ``target``, which has its dtype and length.
+    def read(self, piece: Piece, digest: str, dtype: torch.dtype) -> torch.Tensor:
+        """The stored elements of a piece, which are of ``dtype``.
 
         Raises:
             CheckpointError: it is not what was written.
         """
         try:
-            found = self._file.get_tensor(piece.key)
+            found: torch.Tensor = self._file.get_tensor(piece.key)
             intact = hash_of(found.view(torch.uint8).numpy()) == digest
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._path} cannot be read: {error}") from error
-        if not intact or found.dtype != target.dtype or found.shape != target.shape:
+        if not intact or found.dtype != dtype or found.shape != (piece.stop - piece.start,):
             raise CheckpointError(
                 f"{self._path} is damaged: elements {piece.start} to {piece.stop} of {piece.name} "
                 "are not what was written"
             )
-        target.copy_(found)
+        return found

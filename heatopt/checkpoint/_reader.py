@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from heatopt.checkpoint._codec import decode, named_dtype
-from heatopt.checkpoint._manifest import Manifest, TensorEntry
-from heatopt.checkpoint._pieces import Piece, stored
+from heatopt.checkpoint._codec import decode, items_of, name_of_tensor, named_dtype
+from heatopt.checkpoint._manifest import Manifest, TensorEntry, rank_key
+from heatopt.checkpoint._pieces import Piece, extent_of, stored
 from heatopt.checkpoint._rank_file import RankFile
 from heatopt.errors import CheckpointError
+from heatopt.sharding import Wanted
 
 __all__ = ["Reader"]
 
@@ -65,29 +67,85 @@ class Reader:
 
         return self._decode(section, tensor)
 
+    def read_optimizer(self, wanted: Wanted) -> tuple[dict[str, Any], list[int]]:
+        """The optimizer's state dict with no more than is ``wanted`` of its states.
+
+        Returns:
+            The state dict, without the parameters of which nothing is wanted; tensors in part are one-dimensional. And
+            the indices of all parameters that have a state, in the order of the whole state dict.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or damaged.
+        """
+        found: tuple[dict[str, Any], list[int]]
+        found = self._malformed("optimizer", lambda content: self._read_optimizer(content, wanted))
+        return found
+
+    def _read_optimizer(self, content: Any, wanted: Wanted) -> tuple[dict[str, Any], list[int]]:
+        saved = {key: decode(value, self._tensor) for key, value in items_of(content) if key != "state"}
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        position = {index: number for number, index in enumerate(indices)}
+        saved["state"] = {}
+        order = []
+        for key, entries in items_of(content["state"]):
+            if key not in position:  # not a parameter's
+                saved["state"][key] = decode(entries, self._tensor)
+                continue
+            order.append(position[key])
+            if wanted(position[key], "", torch.Size()) is not None:
+                saved["state"][key] = self._read_state(entries, position[key], wanted)
+        return saved, order
+
+    def _read_state(self, entries: Any, parameter: int, wanted: Wanted) -> dict[str, Any]:
+        state = {}
+        for key, value in items_of(entries):
+            name = name_of_tensor(value)
+            if name is None:
+                state[key] = decode(value, self._tensor)
+                continue
+            shape = torch.Size(self._manifest.tensor(name, self._rank).shape)
+            start, stop = wanted(parameter, key, shape) or (0, 0)
+            found = self._elements(name, start, stop)
+            state[key] = found.view(shape) if found.numel() == shape.numel() else found
+        return state
+
     def _decode(self, section: str, tensor: Any) -> Any:
+        return self._malformed(section, lambda content: decode(content, tensor))
+
+    def _malformed(self, section: str, read: Callable[[Any], Any]) -> Any:
+        """What ``read`` makes of a section; that it is no section is an error of the checkpoint."""
         try:
-            return decode(self._manifest.section(section, self._rank), tensor)
+            return read(self._manifest.section(section, self._rank))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"{self._directory}: {section} is malformed: {type(error).__name__}: {error}"
             ) from error
 
     def _tensor(self, name: str) -> torch.Tensor:
+        shape = torch.Size(self._manifest.tensor(name, self._rank).shape)
+        return self._elements(name, 0, shape.numel()).view(shape)
+
+    def _elements(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements of a tensor; only the pieces that have some of them are read."""
         entry: TensorEntry = self._manifest.tensor(name, self._rank)
-        own = self._manifest.tensors.get(name) is not entry
-        tensor = torch.empty(entry.shape, dtype=named_dtype(entry.dtype))
-        flat = stored(tensor)
+        dtype = named_dtype(entry.dtype)
+        key = name if self._manifest.tensors.get(name) is entry else rank_key(self._rank, name)
+        result = torch.empty(stop - start, dtype=dtype)
+        flat = stored(result)
+        begin = start * extent_of(name, dtype).count
+        end = begin + flat.numel()
         position = 0
-        for number, start, stop, digest in entry.pieces:
-            if start != position:
-                raise ValueError(f"elements {position} to {start} of {name} are in no file")
-            key = f"rank{self._rank}:{name}" if own else name
-            self._file(number).read(Piece(key, start, stop), digest, flat[start:stop])
-            position = stop
-        if position != flat.numel():
-            raise ValueError(f"elements {position} to {flat.numel()} of {name} are in no file")
-        return tensor
+        for number, first, last, digest in entry.pieces:
+            if first != position:
+                raise ValueError(f"elements {position} to {first} of {name} are in no file")
+            position = last
+            low, high = max(first, begin), min(last, end)
+            if low < high:
+                found = self._file(number).read(Piece(key, first, last), digest, flat.dtype)
+                flat[low - begin : high - begin] = found[low - first : high - first]
+        if position != entry.count():
+            raise ValueError(f"elements {position} to {entry.count()} of {name} are in no file")
+        return result
 
     def _file(self, number: int) -> RankFile:
         if number not in self._files:

@@ -35,8 +35,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 def _uncast(loaded: Any, saved: Any) -> Any:
     """``loaded``, with the tensors of ``saved`` where the dtypes differ."""
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
-        # A shard of the tensor has another shape; who cuts it keeps its dtype.
-        return loaded if loaded.dtype == saved.dtype or loaded.shape != saved.shape else saved.to(loaded.device)
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
     if isinstance(loaded, dict) and isinstance(saved, dict):
         for key in loaded:
             if key in saved:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -22,16 +24,19 @@ from heatopt.checkpoint._contents import (
 )
 from heatopt.checkpoint._files import make_temporary
 from heatopt.checkpoint._manifest import Manifest, TensorEntry, rank_key
-from heatopt.checkpoint._pieces import Piece, cut, extent_of, fingerprint, stored, whole
+from heatopt.checkpoint._pieces import Piece, cut, extent_of, fingerprint, pieces_of, stored
 from heatopt.checkpoint._random import generator_states
 from heatopt.checkpoint._rank_file import hash_of
 from heatopt.checkpoint._writing import SaveHandle, Writer, finish_pending
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError, RankMismatchError
+from heatopt.sharding import Part
 
 __all__ = ["save"]
 
 Tensors = dict[str, torch.Tensor]
+Content = tuple[Piece, torch.Tensor]
+"""A piece and its stored elements."""
 
 
 def save(
@@ -103,9 +108,7 @@ def _check(comm: Communicator, path: object, objects: dict[str, Any], background
     return target
 
 
-def _plan(
-    comm: Communicator, objects: dict[str, Any], extra: object
-) -> tuple[Manifest, list[tuple[Piece, torch.Tensor]]]:
+def _plan(comm: Communicator, objects: dict[str, Any], extra: object) -> tuple[Manifest, list[Content]]:
     """Agree on what is in the checkpoint, and find this rank's pieces of it."""
     tensors, generators = TensorTable(), TensorTable()
     sections: dict[str, Any] = {}
@@ -130,40 +133,51 @@ def _plan(
         parameters=parameters_of(objects["optimizer"]) if objects["optimizer"] is not None else [],
         sections=sections,
         rank_sections=[row[0] for row in rows],
-        tensors=_entries(common),
+        tensors=_entries(common) | _entries(tensors.parts),
     )
     for rank, (_, entries) in enumerate(rows):
         manifest.tensors |= {rank_key(rank, name): entry for name, entry in entries.items()}
-
-    return manifest, _own_pieces(comm, common, private)
-
-
-def _own_pieces(comm: Communicator, common: Tensors, private: Tensors) -> list[tuple[Piece, torch.Tensor]]:
-    """The pieces that this rank writes, each with its stored tensor."""
-    parts = cut([extent_of(name, tensor.dtype, tensor.numel()) for name, tensor in common.items()], comm.size)
     own = {rank_key(comm.rank, name): tensor for name, tensor in private.items()}
-    pieces = list(parts[comm.rank])
+    return manifest, [*_share_of(comm, common), *_all_of(own), *_pieces_of_parts(tensors.parts)]
+
+
+def _share_of(comm: Communicator, common: Tensors) -> Iterator[Content]:
+    """This rank's even part of what all ranks have."""
+    parts = cut([extent_of(name, tensor.dtype, tensor.numel()) for name, tensor in common.items()], comm.size)
+    for name, pieces in groupby(parts[comm.rank], lambda piece: piece.name):
+        flat = stored(common[name])
+        yield from ((piece, flat[piece.start : piece.stop]) for piece in pieces)
+
+
+def _all_of(own: Tensors) -> Iterator[Content]:
     for name, tensor in own.items():
-        pieces += whole(extent_of(name, tensor.dtype, tensor.numel()))
-    flat: Tensors = {}
-    for piece in pieces:
-        if piece.name not in flat:
-            flat[piece.name] = stored(own[piece.name] if piece.name in own else common[piece.name])
-    return [(piece, flat[piece.name]) for piece in pieces]
+        flat = stored(tensor)
+        pieces = pieces_of(extent_of(name, tensor.dtype, tensor.numel()), 0, flat.numel())
+        yield from ((piece, flat[piece.start : piece.stop]) for piece in pieces)
+
+
+def _pieces_of_parts(parts: Mapping[str, Part]) -> Iterator[Content]:
+    """What this rank alone has of tensors that are held in parts."""
+    for name, part in parts.items():
+        if part.own is not None:
+            flat = stored(part.own)
+            first = part.start * extent_of(name, part.dtype).count
+            pieces = pieces_of(extent_of(name, part.dtype, part.shape.numel()), first, first + flat.numel())
+            yield from ((piece, flat[piece.start - first : piece.stop - first]) for piece in pieces)
 
 
 def _section(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _entries(tensors: Tensors) -> dict[str, TensorEntry]:
+def _entries(tensors: Mapping[str, torch.Tensor | Part]) -> dict[str, TensorEntry]:
     return {name: TensorEntry(dtype_name(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def _compare(comm: Communicator, sections: dict[str, Any], tensors: Tensors) -> set[str]:
+def _compare(comm: Communicator, sections: dict[str, Any], tensors: TensorTable) -> set[str]:
     """The sections that are not the same on all ranks, but for the numbers in tensors."""
     described: dict[str, list[Any]] = {name: [section] for name, section in sections.items()}
-    for name, entry in _entries(tensors).items():
+    for name, entry in (_entries(tensors) | _entries(tensors.parts)).items():
         described[_section(name)].append([name, entry.dtype, entry.shape])
     rows = comm.exchange_objects(
         {name: hash_of(json.dumps(content).encode()) for name, content in described.items()},

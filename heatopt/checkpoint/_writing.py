@@ -39,7 +39,7 @@ class Writer:
         temporary: the directory to write to.
         target: the name that it gets.
         manifest: what is in it; its files and pieces are filled in when they are known.
-        pieces: this rank's pieces, each with its stored tensor.
+        pieces: this rank's pieces, each with its stored elements.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Writer:
 
     def copy_to_host(self) -> None:
         """Become independent of the memory that training changes."""
-        self._pieces = [(piece, flat[piece.start : piece.stop].to("cpu", copy=True)) for piece, flat in self._pieces]
+        self._pieces = [(piece, flat.to("cpu", copy=True)) for piece, flat in self._pieces]
 
     def write(self) -> Written:
         """Write this rank's file."""

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from heatopt.sharding._declaration import check_shardable
+from heatopt.sharding._gather import Part
 from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._sharded import ShardedStates
-from heatopt.sharding._states import States, WholeStates
+from heatopt.sharding._states import States, Wanted, WholeStates
 from heatopt.sharding._whole_problem import sharded_states
 
-__all__ = ["HookedStep", "ShardedStates", "States", "WholeStates", "check_shardable", "sharded_states"]
+__all__ = [
+    "HookedStep",
+    "Part",
+    "ShardedStates",
+    "States",
+    "Wanted",
+    "WholeStates",
+    "check_shardable",
+    "sharded_states",
+]

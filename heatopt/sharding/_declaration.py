@@ -6,7 +6,7 @@ from enum import Enum
 
 import torch
 
-__all__ = ["NUMBERS", "Manner", "check_shardable", "cost_of", "manner_of"]
+__all__ = ["NUMBERS", "Manner", "check_shardable", "cost_of", "keeps_state", "manner_of"]
 
 
 class Manner(Enum):
@@ -56,6 +56,11 @@ def check_shardable(optimizer: torch.optim.Optimizer) -> None:
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("shard='state' cannot update parameter groups with differentiable=True; use shard='none'")
+
+
+def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters that are updated have a state afterwards. Of algorithms that are not torch's it is assumed."""
+    return type(optimizer) is not torch.optim.SGD or any(group["momentum"] for group in optimizer.param_groups)
 
 
 def cost_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Whole states from the pieces of all ranks."""
+"""Whole states from the pieces of all ranks, and what can be said of them without moving any."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator
+from heatopt.errors import RankMismatchError
 from heatopt.sharding._declaration import NUMBERS
 from heatopt.sharding._partition import Piece
 
-__all__ = ["Ownership", "cut_state", "gather_states"]
+__all__ = ["Ownership", "Part", "cut_state", "flatten_state", "gather_states", "outline_states"]
 
 # States travel together, up to about so many bytes of each rank.
 _CHUNK_BYTES = 16 * 2**20
@@ -26,6 +27,27 @@ class Ownership:
     """By parameter index."""
     cut: frozenset[int]
     """Indices of the parameters that are cut, whoever owns their pieces."""
+
+    def elements(self, index: int, key: str, shape: torch.Size, parameter: torch.Tensor) -> tuple[int, int] | None:
+        """First and end element that this rank holds of the state ``key``, of ``shape``; None if it holds nothing."""
+        piece = self.pieces.get(index)
+        if piece is None:
+            return None
+        is_cut = index in self.cut and _is_cut_with(key, shape, parameter.shape)
+        return (piece.start, piece.stop) if is_cut else (0, shape.numel())
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stands in a state dict for a tensor of which each rank has some elements, or none."""
+
+    shape: torch.Size
+    """Of the whole tensor."""
+    dtype: torch.dtype
+    start: int
+    """Number of the first element that this rank has."""
+    own: torch.Tensor | None
+    """The elements that this rank has, in order: the memory of the state itself; None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +73,55 @@ def cut_state(state: dict[str, Any], shape: torch.Size, piece: Piece) -> None:
     """Reduce a whole state, in place, to that of ``piece`` of a parameter of ``shape``, with memory of its own."""
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
-            is_number = key in NUMBERS or value.shape != shape
-            state[key] = (value if is_number else value.detach().reshape(-1)[piece.start : piece.stop]).clone()
+            is_cut = _is_cut_with(key, value.shape, shape)
+            state[key] = (value.detach().reshape(-1)[piece.start : piece.stop] if is_cut else value).clone()
+
+
+def flatten_state(state: dict[str, Any], shape: torch.Size) -> None:
+    """Give what is cut with a parameter of ``shape``, but is the whole here, the form of a piece. In place."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and _is_cut_with(key, value.shape, shape):
+            state[key] = value.reshape(-1)
+
+
+def _is_cut_with(key: str, shape: torch.Size, parameter_shape: torch.Size) -> bool:
+    """Whether the state ``key`` is cut where a parameter is."""
+    return key not in NUMBERS and shape == parameter_shape
+
+
+def outline_states(
+    comm: Communicator,
+    parameters: Sequence[torch.Tensor],
+    state: Mapping[Any, dict[str, Any]],
+    owned: Ownership,
+) -> _Table:
+    """Return the states of all parameters that have any, with a :class:`Part` for each tensor. Collective.
+
+    Descriptions travel, numbers do not: what all ranks have of one value is that of the lowest.
+
+    Raises:
+        RankMismatchError: there are elements that no rank has, or more than one.
+    """
+    own = {index: state[parameters[index]] for index in owned.pieces if parameters[index] in state}
+    mine = {index: _describe(values, owned, index) for index, values in own.items()}
+    result: _Table = {}
+    missing: dict[tuple[int, str], int] = {}
+    for rank, table in enumerate(comm.exchange_objects(mine, "outline of sharded optimizer states")):
+        for index, entries in table.items():
+            whole = result.setdefault(index, {})
+            for key, found in entries.items():
+                value = own[index][key] if rank == comm.rank and isinstance(found, _Described) else None
+                if not isinstance(found, _Described) or (key in whole and not found.is_part):
+                    whole.setdefault(key, found)
+                    continue
+                shape = parameters[index].shape if found.is_part else torch.Size(found.shape)
+                missing[index, key] = missing.get((index, key), shape.numel()) - torch.Size(found.shape).numel()
+                if key not in whole or value is not None:
+                    whole[key] = Part(shape, found.dtype, found.start if found.is_part else 0, value)
+    for (index, key), count in missing.items():
+        if count:
+            raise RankMismatchError(f"the ranks do not have all of the state {key!r} of parameter {index}")
+    return {index: result[index] for index in sorted(result)}
 
 
 @torch.no_grad()

@@ -24,11 +24,11 @@ import torch
 from heatopt._log import logger
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
-from heatopt.sharding._declaration import Manner, cost_of, manner_of
-from heatopt.sharding._gather import Ownership, cut_state, gather_states
+from heatopt.sharding._declaration import Manner, cost_of, keeps_state, manner_of
+from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, outline_states
 from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._partition import Block, ShardSpec, plan_shards
-from heatopt.sharding._states import States, copied, replace_entry
+from heatopt.sharding._states import States, Wanted, copied, replace_entry
 from heatopt.sharding._views import Views
 from heatopt.sync import outside_graphs
 
@@ -143,6 +143,18 @@ class ShardedStates(States):
             state[wholes.get(key, key)] = value
         for group, own in zip(groups, own_groups, strict=True):
             group.update((key, value) for key, value in own.items() if key != "params")
+        if not state and keeps_state(optimizer):
+            self._mark_in_use(p for p, has in zip(self._parameters(), self._had_gradient, strict=True) if has)
+
+    def _mark_in_use(self, used: Iterable[torch.Tensor]) -> None:
+        """Let the state of a rank that owns none of the parameters ``used`` not be empty, as it is on no other rank.
+
+        Where it is empty, torch's distributed checkpoints make an update, for which all ranks have to meet.
+        """
+        for parameter in used:
+            # Another rank owns it, so that this is never an update's. A copy of Adagrad looks for the number.
+            self._optimizer.state[parameter] = {"step": torch.zeros(())}
+            return
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -181,8 +193,8 @@ class ShardedStates(States):
     def _cuts_nothing(self) -> bool:
         return self._manner is not Manner.ELEMENTWISE
 
-    def _divide(self, parameters: Sequence[torch.Tensor], whole: frozenset[int]) -> None:
-        """Make a partition, and drop what other ranks own."""
+    def _plan(self, parameters: Sequence[torch.Tensor], whole: frozenset[int]) -> _Layout:
+        """A partition; the parameters ``whole`` are not cut."""
         comm = self._channel()
         specs = [
             ShardSpec(
@@ -196,9 +208,15 @@ class ShardedStates(States):
             for index, p in enumerate(parameters)
         ]
         blocks = tuple(plan_shards(specs, comm.size))
-        self._layout = _Layout(blocks, comm.rank, comm.size, tuple(map(_DTYPE, parameters)), whole)
-        self._owned = self._layout.ownership()
-        self._memories = []
+        return _Layout(blocks, comm.rank, comm.size, tuple(map(_DTYPE, parameters)), whole)
+
+    def _use(self, layout: _Layout) -> None:
+        self._forget_layout()
+        self._layout, self._owned = layout, layout.ownership()
+
+    def _divide(self, parameters: Sequence[torch.Tensor], whole: frozenset[int]) -> None:
+        """Make a partition, and drop what other ranks own."""
+        self._use(self._plan(parameters, whole))
         state = self._optimizer.state
         self._first_used = [*state, *(p for p in self._first_used if p not in state)]
         self._keep_own_part(parameters)
@@ -242,18 +260,32 @@ class ShardedStates(States):
         return whole[0]
 
     def _whole_states(self, indices: Iterable[int]) -> dict[torch.Tensor, dict[str, Any]]:
-        """Whole states by parameter, in the order in which the parameters had their first update."""
+        """Whole states by parameter."""
+        state = self._optimizer.state
+        return self._in_order(gather_states(self._channel(), self._parameters(), state, self._owned, indices))
+
+    def _in_order(self, found: dict[int, dict[str, Any]]) -> dict[torch.Tensor, dict[str, Any]]:
+        """States by parameter, in the order in which the parameters had their first update."""
         parameters = self._parameters()
-        found = gather_states(self._channel(), parameters, self._optimizer.state, self._owned, indices)
         by_parameter = {parameters[index]: state for index, state in found.items()}
         order = {p: by_parameter[p] for p in self._first_used if p in by_parameter}
         return order | by_parameter
 
     def state_dict(self) -> dict[str, Any]:
-        optimizer = self._optimizer
         if self._keep_whole or self._all_are_whole():
-            return optimizer.state_dict()
-        whole: Any = defaultdict(dict, self._whole_states(range(len(self._parameters()))))
+            return self._optimizer.state_dict()
+        return self._state_dict_of(self._whole_states(range(len(self._parameters()))))
+
+    def state_dict_in_parts(self) -> dict[str, Any]:
+        if self._keep_whole or self._all_are_whole():
+            return self._optimizer.state_dict()
+        outline = outline_states(self._channel(), self._parameters(), self._optimizer.state, self._owned)
+        return self._state_dict_of(self._in_order(outline))
+
+    def _state_dict_of(self, states: dict[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
+        """What the optimizer returns if these are the states of its parameters."""
+        optimizer = self._optimizer
+        whole: Any = defaultdict(dict, states)
         state = optimizer.state
         whole.update((key, value) for key, value in state.items() if not isinstance(key, torch.Tensor))
         optimizer.state = whole
@@ -265,6 +297,25 @@ class ShardedStates(States):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state_dict)
         self._forget_layout()
+
+    def wanted_elements(self) -> Wanted | None:
+        if self._keep_whole:
+            return None
+        parameters = self._parameters()
+        owned = self._plan(parameters, frozenset()).ownership()
+        return lambda index, key, shape: owned.elements(index, key, shape, parameters[index])
+
+    def hold_parts(self, order: Sequence[int]) -> None:
+        parameters, state = self._parameters(), self._optimizer.state
+        self._use(self._plan(parameters, frozenset()))
+        loaded = [parameters[index] for index in order]
+        known = set(loaded)
+        self._first_used = [*loaded, *(p for p in self._first_used if p not in known)]
+        for index in self._owned.cut.intersection(self._owned.pieces):
+            if parameters[index] in state:
+                flatten_state(state[parameters[index]], parameters[index].shape)
+        if not state:
+            self._mark_in_use(loaded)
 
     def get(self, parameter: torch.Tensor) -> dict[str, Any]:
         index = self.require(parameter)

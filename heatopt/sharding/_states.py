@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-__all__ = ["States", "WholeStates"]
+__all__ = ["States", "Wanted", "WholeStates"]
+
+Wanted = Callable[[int, str, torch.Size], tuple[int, int] | None]
+"""First and end element of what a rank takes of a state; None if it takes no state of that parameter.
+
+By index of the parameter, name and shape of the state.
+"""
 
 
 class States(ABC):
@@ -37,6 +43,23 @@ class States(ABC):
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the plain optimizer's state dict."""
+
+    # For checkpoints. A rank that holds a part of the states writes and reads that part, and never has the whole.
+
+    def state_dict_in_parts(self) -> dict[str, Any]:
+        """The plain optimizer's state dict, with a ``Part`` for each tensor that ranks hold in parts. Collective."""
+        return self.state_dict()
+
+    def wanted_elements(self) -> Wanted | None:
+        """What this rank takes of states that are loaded in parts; None if it takes the whole. Changes nothing."""
+        return None
+
+    def hold_parts(self, order: Sequence[int]) -> None:  # noqa: B027 (whoever wants the whole never gets parts)
+        """Take what has just been loaded for what ``wanted_elements`` asked for. Do so on all ranks.
+
+        Args:
+            order: indices of all parameters that have a state on some rank, in the order of the whole state dict.
+        """
 
     @abstractmethod
     def get(self, parameter: torch.Tensor) -> dict[str, Any]:
