@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def test_killed_while_it_saves(size: int, rank: int, call: str, number: int, ste
     heatopt.save(path, extra=1, comm=SingleCommunicator())
     assert heatopt.load(path, comm=SingleCommunicator()) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_killed_at_each_call_of_the_writer(tmp_path: Path) -> None:
+    """By SIGKILL, at every system call; the program itself loads what is there, the old or the new, and compares."""
+    job = launch("checkpoint_kills.py", tmp_path, kind="none", size=1)
+    assert job.returncode == 0, job.text
+    kills = list(map(int, re.findall(r"(\d+) kills, found \[1, 2\]", job.stdout)))
+    assert len(kills) == 4, job.text
+    assert sum(kills) >= 200, job.text
 
 
 @pytest.mark.parametrize(("mode", "kind", "other"), [("save", "mpi", "torch"), ("background", "torch", "mpi")])

@@ -67,6 +67,54 @@ def test_t34_distributed_checkpoint_of_a_new_optimizer(ranks: Ranks) -> None:
 
 
 @ignore_torchs_own
+@pytest.mark.parametrize("shard", ["none", "state"])
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "Adagrad", "SGD", "Rprop"])
+def test_t34_distributed_checkpoint_is_torchs(ranks: Ranks, name: str, shard: str) -> None:
+    """What torch's functions return and take is what they do with a plain optimizer, also where a rank has no state.
+
+    Muon has two matrices here: at three ranks one has none of the state, and must not be the only one to initialise.
+    """
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True)
+    algorithm = by_name[name]
+
+    def body(comm: Communicator) -> None:
+        model, plain_model = algorithm.model(), algorithm.model()
+        optimizer = wrap(comm, algorithm.optimizer, model, shard=shard)
+        plain = algorithm.optimizer(plain_model)
+        expected = get_optimizer_state_dict(plain_model, plain)
+        assert_equal(get_optimizer_state_dict(model, optimizer), expected)
+        assert_equal(model, plain_model)
+        for step in range(2):
+            algorithm.update(optimizer, model, batch(step, comm.rank))
+        for p in model.parameters():
+            p.grad = None
+        plain_model.load_state_dict(model.state_dict())
+        plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        saved = get_optimizer_state_dict(model, optimizer)
+        assert_equal(saved, get_optimizer_state_dict(plain_model, plain))
+        assert_equal(get_optimizer_state_dict(model, optimizer, options=options), saved)
+        for each in (None, options):
+            again = algorithm.model(seed=1)
+            again.load_state_dict(model.state_dict())
+            other = wrap(comm, algorithm.optimizer, again, shard=shard)
+            set_optimizer_state_dict(again, other, copy.deepcopy(saved), options=each)
+            assert_equal(other.state_dict(), optimizer.state_dict())
+            assert_equal(again, model)
+        for one, module in ((optimizer, model), (other, again)):
+            algorithm.update(one, module, batch(2, comm.rank))
+        assert_equal([again, other], [model, optimizer])
+        assert_ranks_equal(comm, model, optimizer)
+
+    ranks(body)
+
+
+@ignore_torchs_own
 def test_t34_distributed_checkpoint_of_sgd(ranks: Ranks) -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
