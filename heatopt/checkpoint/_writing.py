@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import threading
@@ -26,7 +27,7 @@ __all__ = ["SaveHandle", "Writer", "finish_pending"]
 _pending: weakref.WeakKeyDictionary[Communicator, SaveHandle] = weakref.WeakKeyDictionary()
 
 _POLL_SECONDS = 0.02
-# How long rank 0's thread waits for the others once its own program has ended.
+# How long a rank waits for the others once its own program has ended.
 _GRACE_SECONDS = 60.0
 
 
@@ -98,11 +99,11 @@ class Writer:
         self._tell(asdict(written))
 
     def report_failure(self, error: Exception) -> None:
-        """Tell rank 0 that this rank's file never will be complete, if there is a way."""
+        """Tell the others (rank 0 them, they rank 0) that the checkpoint never will be complete, if there is a way."""
         try:
             self._tell({"error": f"{type(error).__name__}: {error}"})
         except OSError as failure:
-            logger.error("rank %d cannot tell rank 0 that it failed: %s", self.rank, failure)
+            logger.error("rank %d cannot tell other ranks that it failed: %s", self.rank, failure)
 
     def _tell(self, content: dict[str, object]) -> None:
         path = self._report_path(self.rank)
@@ -135,6 +136,17 @@ class Writer:
             os.unlink(self._report_path(rank))
         return reports
 
+    def wait_for_rank_0(self) -> str | None:
+        """Once the program has ended: return when rank 0 has published, or say why it did not."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while os.path.isdir(self._temporary):
+            if os.path.exists(self._report_path(0)):
+                return str(json.loads(read_text(self._report_path(0)))["error"])
+            if time.monotonic() > deadline:
+                return f"rank 0 has not completed the checkpoint {self._target}"
+            time.sleep(_POLL_SECONDS)
+        return None
+
     def _report_path(self, rank: int) -> str:
         return os.path.join(self._temporary, f"report-{rank:05d}.json")
 
@@ -166,8 +178,10 @@ class SaveHandle:
             writer.copy_to_host()
             # Not a daemon: a program that ends completes its checkpoint first.
             self._thread = threading.Thread(target=self._work, name="heatopt-save")
+            self._process = os.getpid()
             _pending[comm] = self
             self._thread.start()
+            atexit.register(self._end_with_program)
 
     def wait(self) -> None:
         """Return once the checkpoint is in place. Collective; again, it does nothing.
@@ -178,6 +192,7 @@ class SaveHandle:
         if self._finished:
             return
         self._finished = True
+        atexit.unregister(self._end_with_program)
         if _pending.get(self._comm) is self:
             del _pending[self._comm]
         try:
@@ -241,6 +256,22 @@ class SaveHandle:
         except BaseException as error:  # nobody else would hear of it
             logger.error("rank %d: the save in the background failed: %s", self._comm.rank, error)
             self._error = error if isinstance(error, Exception) else CheckpointError(f"the thread ended: {error!r}")
+            if self._comm.rank == 0:
+                self._writer.report_failure(self._error)
+
+    def _end_with_program(self) -> None:
+        """At exit, after the thread: an error that nobody has waited for ends the job, as any other error does."""
+        if os.getpid() != self._process:
+            return  # a forked child is no rank
+        failure = None if self._error is None else f"{type(self._error).__name__}: {self._error}"
+        if failure is None and self._comm.rank != 0:
+            failure = self._writer.wait_for_rank_0()
+        if failure is None:
+            return
+        try:
+            self._comm.abort(f"rank {self._comm.rank}: CheckpointError: the save in the background failed: {failure}")
+        except SystemExit as end:
+            os._exit(int(str(end)))  # at exit an exception has no effect any more
 
 
 def finish_pending(comm: Communicator) -> None:

@@ -54,6 +54,26 @@ def test_killed_at_each_call_of_the_writer(tmp_path: Path) -> None:
     assert sum(kills) >= 200, job.text
 
 
+@pytest.mark.parametrize(("kind", "size", "rank"), [("mpi", 2, 0), ("mpi", 3, 2), ("torch", 2, 1), ("none", 1, 0)])
+def test_a_failure_that_nobody_waited_for_ends_the_job(kind: Kind, size: int, rank: int, tmp_path: Path) -> None:
+    """The last thing that a program does is a save in the background, and it fails on one rank."""
+    path = tmp_path / "checkpoint"
+    job = launch("checkpoint.py", path, "background", rank, "fsync", 0, "fails", kind=kind, size=size)
+    assert job.returncode != 0, job.text
+    assert job.stdout.count("has finished with") == size
+    assert "CheckpointError: the save in the background failed: " in job.stderr
+    assert "OSError: [Errno 28] No space left on device" in job.stderr
+    assert step_of(path) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_in_the_background(rank: int, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    job = launch("checkpoint.py", path, "background", rank, "fsync", 0, size=2)
+    assert job.returncode != 0, job.text
+    assert step_of(path) == 2
+
+
 @pytest.mark.parametrize(("mode", "kind", "other"), [("save", "mpi", "torch"), ("background", "torch", "mpi")])
 def test_another_launcher_goes_on(mode: str, kind: Kind, other: Kind, tmp_path: Path) -> None:
     """Bit for bit, dropout's masks included; and a program that ends completes its checkpoint first."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
 one_process = pytest.mark.skipif(LAUNCH.launched, reason="makes its own ranks")
 
 CALLS = ("open", "write", "fsync", "close", "mkdir", "makedirs", "rename", "unlink", "rmdir", "listdir")
+
+
+F = TypeVar("F", bound="FaultyOS")
 
 
 class Died(BaseException):
@@ -68,8 +74,41 @@ class FaultyOS:
         return call
 
 
+class DeadRank(FaultyOS):
+    """:mod:`os` of ranks of which one dies at a call: nothing that it does from there on has an effect."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(at, True)
+        self.rank: int | None = None
+        self._writers: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(os, name)
+        if name not in CALLS:
+            return function
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            first = arguments[0]
+            found = re.search(r"(?:rank|report)-(\d{5})", str(first))
+            with self._lock:
+                rank = self._writers.get(first, 0) if isinstance(first, int) else int(found[1]) if found else 0
+                if len(self.calls) == self._at:
+                    self.rank = rank
+                    if name == "write":
+                        function(first, arguments[1][: arguments[1].nbytes // 2])
+                self.calls.append((name, first))
+            if rank == self.rank:
+                raise Died(name)
+            result = function(*arguments, **keywords)
+            if name == "open":
+                self._writers[result] = rank
+            return result
+
+        return call
+
+
 @contextlib.contextmanager
-def installed(faulty: FaultyOS) -> Iterator[FaultyOS]:
+def installed(faulty: F) -> Iterator[F]:
     """Let the writer use it."""
     modules: list[Any] = [_files, _writing]
     try:
@@ -154,6 +193,48 @@ def test_every_call_of_the_writer(
         assert load(path) == 3
         assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
     assert outcomes == {1, 2} or not replaces
+
+
+@one_process
+@pytest.mark.parametrize("background", [False, True])
+def test_one_rank_dies_at_every_call(background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever dies, and when: the others hear of it, and there is a checkpoint."""
+    monkeypatch.setattr("heatopt.checkpoint._writing._POLL_SECONDS", 0.001)
+    path = tmp_path / "checkpoint"
+
+    def body(comm: Communicator) -> None:
+        handle = heatopt.save(path, model=model_of(2), extra=2, comm=comm, background=background)
+        while handle._thread is not None and handle._thread.is_alive() and faulty.rank is None:
+            time.sleep(0.001)
+        if faulty.rank == comm.rank:  # with its thread, the process
+            atexit.unregister(handle._end_with_program)
+            raise Died
+        handle.wait()
+
+    dead, outcomes = set(), set()
+    for at in range(10**9):
+        shutil.rmtree(path, ignore_errors=True)
+        save(path, 2, 1)
+        raised: BaseException | None = None
+        with installed(DeadRank(at)) as faulty:
+            try:
+                ThreadWorld(3, timeout=20.0).run(body)
+            except (Died, heatopt.RankFailedError) as error:
+                raised = error
+            for thread in threading.enumerate():
+                if thread.name == "heatopt-save":
+                    thread.join()  # another job would wait until this one has ended
+        if faulty.rank is None:
+            break
+        assert raised is not None
+        dead.add(faulty.rank)
+        outcomes.add(load(path))
+        save(path, 1, 3)
+        assert load(path) == 3
+        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+    assert at >= 30
+    assert dead == {0, 1, 2}
+    assert outcomes == {1, 2}
 
 
 @one_process
