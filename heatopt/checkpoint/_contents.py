@@ -113,6 +113,9 @@ def encode_all(objects: Mapping[str, Any], extra: object, tensors: TensorTable) 
     Raises:
         TypeError: something that a checkpoint cannot hold.
     """
-    sections = {name: encode(_state_dict(thing), name, tensors) for name, thing in objects.items() if thing is not None}
+    names = [name for name, thing in objects.items() if thing is not None]
+    # The optimizer's first: ranks may meet for it, so that none may have failed before.
+    states = {name: _state_dict(objects[name]) for name in sorted(names, key=lambda name: name != "optimizer")}
+    sections = {name: encode(states[name], name, tensors) for name in names}
     sections["extra"] = encode(extra, "extra", tensors)
     return sections
