@@ -144,17 +144,18 @@ class ShardedStates(States):
         for group, own in zip(groups, own_groups, strict=True):
             group.update((key, value) for key, value in own.items() if key != "params")
         if not state and keeps_state(optimizer):
-            self._mark_in_use(p for p, has in zip(self._parameters(), self._had_gradient, strict=True) if has)
+            self._mark_in_use([p for p, has in zip(self._parameters(), self._had_gradient, strict=True) if has])
 
-    def _mark_in_use(self, used: Iterable[torch.Tensor]) -> None:
+    def _mark_in_use(self, used: Sequence[torch.Tensor]) -> None:
         """Let the state of a rank that owns none of the parameters ``used`` not be empty, as it is on no other rank.
 
         Where it is empty, torch's distributed checkpoints make an update, for which all ranks have to meet.
         """
-        for parameter in used:
-            # Another rank owns it, so that this is never an update's. A copy of Adagrad looks for the number.
-            self._optimizer.state[parameter] = {"step": torch.zeros(())}
-            return
+        parameters = self._parameters()
+        own = {parameters[index] for index in self._owned.pieces}
+        if used and own.isdisjoint(used):  # whoever owns one and has no state needs none
+            # Never read but by copies of Adagrad, which look for the number.
+            self._optimizer.state[used[0]] = {"step": torch.zeros(())}
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]

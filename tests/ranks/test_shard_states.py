@@ -154,6 +154,32 @@ def test_more_ranks_than_elements(ranks: Ranks) -> None:
     ranks(body)
 
 
+class Descent(torch.optim.Optimizer):
+    """Gradient descent, which keeps no state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("kind", [Descent, torch.optim.SGD])
+def test_algorithms_without_a_state(ranks: Ranks, kind: Any) -> None:
+    def body(comm: Communicator) -> None:
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer = DataParallelOptimizer(kind([parameter]), comm=comm, shard="state")
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer.state_dict()["state"] == {}
+
+    ranks(body)
+
+
 def test_states_of_one_parameter(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         net, optimizer = trained(comm, ADAMW)
