@@ -151,8 +151,7 @@ class ShardedStates(States):
 
         Where it is empty, torch's distributed checkpoints make an update, for which all ranks have to meet.
         """
-        parameters = self._parameters()
-        own = {parameters[index] for index in self._owned.pieces}
+        own = {p for index, p in enumerate(self._parameters()) if index in self._owned.pieces}
         if used and own.isdisjoint(used):  # whoever owns one and has no state needs none
             # Never read but by copies of Adagrad, which look for the number.
             self._optimizer.state[used[0]] = {"step": torch.zeros(())}
@@ -310,8 +309,7 @@ class ShardedStates(States):
         parameters, state = self._parameters(), self._optimizer.state
         self._use(self._plan(parameters, frozenset()))
         loaded = [parameters[index] for index in order]
-        known = set(loaded)
-        self._first_used = [*loaded, *(p for p in self._first_used if p not in known)]
+        self._first_used = list(dict.fromkeys([*loaded, *self._first_used]))
         for index in self._owned.cut.intersection(self._owned.pieces):
             if parameters[index] in state:
                 flatten_state(state[parameters[index]], parameters[index].shape)

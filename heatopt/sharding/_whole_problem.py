@@ -19,7 +19,7 @@ import torch
 from heatopt.comm import Communicator
 from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, spans
 from heatopt.sharding._sharded import ShardedStates
-from heatopt.sharding._states import copied, replace_entry
+from heatopt.sharding._states import Wanted, copied, replace_entry
 from heatopt.sharding._views import Views
 
 __all__ = ["WholeProblemStates", "sharded_states"]
@@ -137,6 +137,14 @@ class WholeProblemStates(ShardedStates):
             return whole
 
         return gather
+
+    # A checkpoint has the vectors whole: they are gathered for it, and loaded by all.
+
+    def state_dict_in_parts(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def wanted_elements(self) -> Wanted | None:
+        return None
 
     def _set_own_part(self, index: int, parameter: torch.Tensor, name: str, value: Any) -> None:
         if index == 0 and self._layout is not None:
