@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from heatopt.buckets._bucket import SMALL_BYTES, Bucket, covers_its_memory
-from heatopt.buckets._layout import BucketPlan, ParameterSpec, Slot, gradient_dtype, plan_buckets
+from heatopt.buckets._bucket import SMALL_BYTES, Bucket, GradientBucket, covers_its_memory
+from heatopt.buckets._layout import BucketPlan, ParameterSpec, Piece, Slot, gradient_dtype, plan_buckets
+from heatopt.buckets._scattered import RowPlan, ScatteredBucket, plan_rows
 
 __all__ = [
     "SMALL_BYTES",
     "Bucket",
     "BucketPlan",
+    "GradientBucket",
     "ParameterSpec",
+    "Piece",
+    "RowPlan",
+    "ScatteredBucket",
     "Slot",
     "covers_its_memory",
     "gradient_dtype",
     "plan_buckets",
+    "plan_rows",
 ]

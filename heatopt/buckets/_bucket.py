@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
-__all__ = ["SMALL_BYTES", "Bucket", "covers_its_memory"]
+__all__ = ["SMALL_BYTES", "Bucket", "GradientBucket", "covers_its_memory", "strides_of_gradient"]
 
 SMALL_BYTES = 256 * 1024
 """Gradients below this are moved many at once, which is cheaper than a call for each."""
@@ -18,7 +19,67 @@ _address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 
 
-class Bucket:
+class GradientBucket(ABC):
+    """The gradients of some parameters, which are reduced together.
+
+    Args:
+        plan: which ones.
+        parameters: the parameter of each slot.
+    """
+
+    def __init__(self, plan: BucketPlan, parameters: Sequence[torch.Tensor]) -> None:
+        self.plan = plan
+        self.parameters = tuple(parameters)
+        self._present: list[bool] = [False] * len(plan.slots)
+        self.changed = False
+        """True if a gradient here has got a contribution that no reduction has seen."""
+
+    def fits(self, gradient: torch.Tensor) -> bool:
+        """True if ``gradient`` can live here: it is neither sparse nor of a model that has been converted since."""
+        plan = self.plan
+        return gradient.dtype is plan.dtype and gradient.layout is torch.strided and gradient.device == plan.device
+
+    def misfits(self) -> list[int]:
+        """Indices of the parameters whose gradients :meth:`pack` had to leave alone."""
+        if all(self._present):
+            return []
+        rows = zip(self.plan.slots, self.parameters, self._present, strict=True)
+        return [slot.index for slot, p, present in rows if not present and p.grad is not None]
+
+    @abstractmethod
+    def is_aliased(self) -> bool:
+        """True if somebody keeps a gradient of an earlier step, which the next contents would overwrite."""
+
+    @abstractmethod
+    def adopt(self, position: int, gradient: torch.Tensor) -> None:
+        """Move a large gradient into the memory while it is in cache, where that is possible."""
+
+    @abstractmethod
+    def consume(self) -> None:
+        """An update has used the gradients: what is written into them from now on is new."""
+
+    @abstractmethod
+    def pack(self, detach: bool) -> None:
+        """Move all gradients into the memory, zeros where there is none, and set the flags.
+
+        Args:
+            detach: the parameters have no gradients until :meth:`reveal`.
+        """
+
+    @abstractmethod
+    def pack_nothing(self) -> None:
+        """Contribute neither gradients nor flags: this rank has no more data."""
+
+    @abstractmethod
+    def reveal(self) -> None:
+        """Take over what the reduction has left in the memory."""
+
+    @abstractmethod
+    def has_foreign_gradients(self) -> bool:
+        """True if a gradient is there that is not the result of the last reduction: set by hand, or accumulated."""
+
+
+class Bucket(GradientBucket):
     """Flat memory that holds the gradients of some parameters.
 
     Args:
@@ -28,37 +89,25 @@ class Bucket:
     """
 
     def __init__(self, plan: BucketPlan, memory: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
-        self.plan = plan
+        super().__init__(plan, parameters)
         self.memory = memory
-        self.parameters = tuple(parameters)
         self._views = [self._new_view(position) for position in range(len(plan.slots))]
         self._addresses = [view.data_ptr() for view in self._views]
         self._flags = memory[plan.flags_offset : plan.flags_offset + len(plan.slots)]
-        self._present: list[bool] = [False] * len(plan.slots)
         self._shown: list[bool] = [False] * len(plan.slots)  # the last reduction left a gradient
         self._versions: list[int] | None = None  # of the views, when an update had consumed them
         self._adoptable = [slot.numel * plan.dtype.itemsize >= SMALL_BYTES for slot in plan.slots]
         self._references = list(map(self._count_references, range(len(plan.slots))))
         self._uses = [1] * len(plan.slots)  # Python's references together count as one
         self._storage_users = self._count_storage_users()
-        self.changed = False
-        """True if a gradient here has got a contribution that no reduction has seen."""
 
     def _new_view(self, position: int) -> torch.Tensor:
         slot = self.plan.slots[position]
         parameter = self.parameters[position]
-        # The strides of the parameter, where they cover the memory exactly, keep optimizers on their fast path.
-        strides = (
-            parameter.stride() if covers_its_memory(parameter) else torch.empty(parameter.shape, device="meta").stride()
-        )
+        strides = strides_of_gradient(parameter)
         # A tensor on the same storage, and not a view to autograd, which would forbid detach_() of a gradient.
         offset = self.memory.storage_offset() + slot.offset
         return self.memory.new_empty(0).set_(self.memory.untyped_storage(), offset, parameter.shape, strides)
-
-    def fits(self, gradient: torch.Tensor) -> bool:
-        """True if ``gradient`` can live here: it is neither sparse nor of a model that has been converted since."""
-        plan = self.plan
-        return gradient.dtype is plan.dtype and gradient.layout is torch.strided and gradient.device == plan.device
 
     def _count_references(self, position: int) -> int:
         return sys.getrefcount(self._views[position])
@@ -138,13 +187,6 @@ class Bucket:
         else:
             self._flags.copy_(torch.tensor(present))
 
-    def misfits(self) -> list[int]:
-        """Indices of the parameters whose gradients :meth:`pack` had to leave alone."""
-        if all(self._present):
-            return []
-        rows = zip(self.plan.slots, self.parameters, self._present, strict=True)
-        return [slot.index for slot, p, present in rows if not present and p.grad is not None]
-
     def _view(self, position: int) -> torch.Tensor:
         view = self._views[position]
         if view.data_ptr() != self._addresses[position]:
@@ -191,6 +233,11 @@ class Bucket:
             if self._versions is not None and gradient._version != self._versions[position]:
                 return True
         return False
+
+
+def strides_of_gradient(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Those of the parameter, where they cover the memory exactly: they keep optimizers on their fast path."""
+    return parameter.stride() if covers_its_memory(parameter) else torch.empty(parameter.shape, device="meta").stride()
 
 
 def covers_its_memory(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BucketPlan", "ParameterSpec", "Slot", "gradient_dtype", "plan_buckets"]
+__all__ = ["BucketPlan", "ParameterSpec", "Piece", "Slot", "aligned", "gradient_dtype", "plan_buckets"]
 
 # Slots start at multiples of this many bytes, so that vector loads of a gradient are aligned.
 _ALIGNMENT = 64
@@ -49,6 +49,16 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Elements ``start:stop`` of the flattened parameter ``index``, which ``rank`` owns."""
+
+    rank: int
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class BucketPlan:
     """One flat buffer, reduced as a whole: the slots, then one presence flag per slot."""
 
@@ -83,7 +93,7 @@ def plan_buckets(specs: Sequence[ParameterSpec], max_bytes: int) -> tuple[Bucket
     filled: dict[tuple[torch.device, torch.dtype], int] = {}
     for spec in reversed(specs):
         key = (spec.device, spec.dtype)
-        size = _aligned(spec.numel, spec.dtype) * spec.dtype.itemsize
+        size = aligned(spec.numel, spec.dtype) * spec.dtype.itemsize
         if key in open_buckets and filled[key] + size > max_bytes:
             plans.append(_plan_one(open_buckets.pop(key)))
         if key not in open_buckets:
@@ -99,11 +109,12 @@ def _plan_one(specs: Sequence[ParameterSpec]) -> BucketPlan:
     offset = 0
     for spec in specs:
         slots.append(Slot(spec.index, offset, spec.numel))
-        offset += _aligned(spec.numel, spec.dtype)
+        offset += aligned(spec.numel, spec.dtype)
     names = tuple(spec.name for spec in specs)
     return BucketPlan(specs[0].dtype, specs[0].device, tuple(slots), offset, names)
 
 
-def _aligned(numel: int, dtype: torch.dtype) -> int:
+def aligned(numel: int, dtype: torch.dtype) -> int:
+    """The next element, from ``numel``, at which a slot may start."""
     step = max(_ALIGNMENT // dtype.itemsize, 1)
     return -(-numel // step) * step

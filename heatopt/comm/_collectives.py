@@ -10,12 +10,22 @@ length of the buffer nor on the position of an element in it, and all ranks rece
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
 
-__all__ = ["REDUCE_OPS", "REDUCIBLE", "broadcast_flat", "gather_flat", "reduce_flat", "reduce_scatter_rows"]
+__all__ = [
+    "REDUCE_OPS",
+    "REDUCIBLE",
+    "broadcast_flat",
+    "gather_flat",
+    "reduce_flat",
+    "reduce_scatter_parts",
+    "reduce_scatter_rows",
+]
 
 REDUCE_OPS = ("sum", "mean", "max", "min")
 
@@ -63,8 +73,7 @@ def reduce_flat(
     if flat.dtype == torch.bool:
         # The sum of truth values is "or"; bytes 0 and 1 compare as the truth values do.
         flat, op = flat.view(torch.uint8), "min" if op == "min" else "max"
-    narrow = wire_dtype is not None and flat.is_floating_point() and flat.element_size() > wire_dtype.itemsize
-    wire = comm._to_wire(flat.to(wire_dtype) if narrow else flat)
+    wire = comm._to_wire(_narrowed(flat, wire_dtype))
     piece = max(_PIECE_BYTES // wire.element_size(), comm.size) if blocking else wire.numel()
     for start in range(0, wire.numel(), piece):
         part = wire[start : start + piece]
@@ -77,6 +86,12 @@ def reduce_flat(
             yield from _reduce_by_owners(comm, part, op, divisor, blocking)
     if wire is not flat:
         flat.copy_(wire)
+
+
+def _narrowed(flat: torch.Tensor, wire_dtype: torch.dtype | None) -> torch.Tensor:
+    if wire_dtype is None or not flat.is_floating_point() or flat.element_size() <= wire_dtype.itemsize:
+        return flat
+    return flat.to(wire_dtype)
 
 
 def _divide(tensor: torch.Tensor, divisor: int) -> None:
@@ -134,6 +149,25 @@ def reduce_scatter_rows(
     if rows.is_complex():
         return torch.view_as_complex(own.view(-1, 2))
     return own.view(torch.bool) if rows.dtype == torch.bool else own
+
+
+def reduce_scatter_parts(
+    comm: Transport,
+    flat: torch.Tensor,
+    lengths: Sequence[int],
+    divisor: int,
+    blocking: bool,
+    wire_dtype: torch.dtype | None = None,
+) -> Steps[torch.Tensor]:
+    """Sum the contiguous, one-dimensional ``flat``, not complex, over all ranks, and return this rank's part of it.
+
+    Part r, of ``lengths[r]`` elements, is sent to rank r alone. The bits are those of :func:`reduce_flat`.
+    """
+    wire = comm._to_wire(_narrowed(flat, wire_dtype))
+    received = wire.new_empty((comm.size, lengths[comm.rank]))
+    if wire.numel():
+        yield comm._all_to_all_parts(wire, received, lengths, blocking)
+    return _combine(received, "sum", divisor).to(flat)
 
 
 def gather_flat(comm: Transport, flat: torch.Tensor, blocking: bool) -> Steps[torch.Tensor]:

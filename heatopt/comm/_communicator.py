@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -196,7 +197,25 @@ class Communicator(RankGroup):
 
     def reduce_bucket(self, memory: BucketMemory, options: ReduceOptions, what: str) -> Work[None] | None:
         """Sum a bucket over ranks and divide, in place; ``None`` once completed."""
-        steps = self._reducer.steps(self, memory, options)
+        return self._start_reduction(self._reducer.steps(self, memory, options), options, what)
+
+    def scatter_bucket(
+        self, memory: BucketMemory, bounds: Sequence[int], options: ReduceOptions, what: str
+    ) -> Work[None] | None:
+        """The same, where each rank needs a part of the result: half of the traffic.
+
+        Elements ``bounds[rank]:bounds[rank + 1]`` of this rank's memory become what :meth:`reduce_bucket` makes of
+        them, to the last bit; afterwards the others are undefined. Parts may be empty.
+
+        Args:
+            memory: of ``bounds[-1]`` elements.
+            bounds: ``size + 1`` ascending numbers, the first 0; equal on all ranks.
+            options: as for :meth:`reduce_bucket`.
+            what: names the call in messages.
+        """
+        return self._start_reduction(self._reducer.scatter_steps(self, memory, bounds, options), options, what)
+
+    def _start_reduction(self, steps: Steps[None], options: ReduceOptions, what: str) -> Work[None] | None:
         if options.blocking:
             self._run(steps, what)
             return None

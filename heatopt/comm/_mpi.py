@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -29,6 +30,8 @@ T = TypeVar("T")
 # several times slower than our own sum, and Open MPI's vector code saturates 8 and 16 bit integers instead of wrapping.
 _NATIVE_SUM = (torch.float32, torch.float64, torch.int32, torch.int64)
 
+# By size of an element: what is only moved.
+_OPAQUE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The launcher collects what ranks print, and loses what is on its way when a job is aborted.
 _DELIVERY_SECONDS = 0.5
@@ -166,6 +169,22 @@ class MPICommunicator(Communicator):
             self._lanes[lane].Alltoall(*buffers)
             return COMPLETED
         return _MPIRequest(self._lanes[lane].Ialltoall(*buffers), send, receive)
+
+    def _all_to_all_parts(
+        self, send: torch.Tensor, receive: torch.Tensor, lengths: Sequence[int], blocking: bool
+    ) -> Request:
+        if (nccl := self._nccl_of(send)) is not None:
+            return nccl._all_to_all_parts(send, receive, lengths, blocking)
+        # Counted in elements: MPI's counts have 32 bits.
+        opaque = _OPAQUE[send.element_size()]
+        buffers = (
+            [_buffer(send.reshape(-1).view(opaque)), list(lengths)],
+            [_buffer(receive.reshape(-1).view(opaque)), [lengths[self.rank]] * self.size],
+        )
+        if blocking:
+            self._lanes[0].Alltoallv(*buffers)
+            return COMPLETED
+        return _MPIRequest(self._lanes[0].Ialltoallv(*buffers), send, receive)
 
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         if (nccl := self._nccl_of(send)) is not None:

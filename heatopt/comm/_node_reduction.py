@@ -8,13 +8,13 @@ owner hands the result to its neighbours. Sums are in rank order within a node, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from heatopt.comm._collectives import reduce_flat
-from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice
+from heatopt.comm._collectives import reduce_flat, reduce_scatter_parts
+from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice, sum_to
 from heatopt.comm._shared_memory import Lane, NodeMemory
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
@@ -61,12 +61,18 @@ class NodeReduction:
 
     Args:
         node: the memory.
+        nodes: the ranks of each node, ascending.
+        index: which of them is this one.
         owners: how many ranks of each node own a slice: as many as the smallest node has ranks.
         across: this rank and the owners of the same slice on the other nodes; None for a single node.
     """
 
-    def __init__(self, node: NodeMemory, owners: int, across: Transport | None) -> None:
+    def __init__(
+        self, node: NodeMemory, nodes: Sequence[tuple[int, ...]], index: int, owners: int, across: Transport | None
+    ) -> None:
         self._node = node
+        self._nodes = nodes
+        self._index = index
         self._owners = owners
         self._across = across
 
@@ -79,7 +85,7 @@ class NodeReduction:
         """Replace a bucket of all ranks by its mean. See [Note: Sums in shared memory]."""
         yield self._node.arrive(Lane.LAUNCH)
         if self._node.local_rank < self._owners:
-            segments = [torch.view_as_real(s).view(-1) if s.is_complex() else s for s in memory.segments]
+            segments = list(map(_as_real, memory.segments))
             start, stop = slice_bounds(segments[0].numel(), self._node.local_rank, self._owners)
             if self._across is None:
                 sum_slice(segments, start, stop, options.divisor)
@@ -92,6 +98,33 @@ class NodeReduction:
                 spread(total, parts)
         yield self._node.arrive(Lane.FINISH)
 
+    def scatter_steps(self, memory: BucketMemory, bounds: Sequence[int], options: ReduceOptions) -> Steps[None]:
+        """Replace elements ``bounds[r]:bounds[r + 1]`` of rank r's bucket by the mean of all ranks.
+
+        Across nodes the owner of a slice sums what the owners of that slice on all nodes, and the ranks that those
+        stand for on nodes of more ranks, are to receive.
+        """
+        yield self._node.arrive(Lane.LAUNCH)
+        segments = list(map(_as_real, memory.segments))
+        unit = 2 if memory.own.is_complex() else 1
+        local_rank = self._node.local_rank
+        if self._across is None:
+            mine = slice(bounds[local_rank] * unit, bounds[local_rank + 1] * unit)
+            sum_to(segments[local_rank][mine], [segment[mine] for segment in segments], options.divisor)
+        elif local_rank < self._owners:
+            served = [ranks[local_rank :: self._owners] for ranks in self._nodes]
+            slices = [[slice(bounds[r] * unit, bounds[r + 1] * unit) for r in ranks] for ranks in served]
+            sums = [sum_in_first([segment[s] for segment in segments]) for node in slices for s in node]
+            lengths = [sum(s.stop - s.start for s in node) for node in slices]
+            means = yield from reduce_scatter_parts(
+                self._across, torch.cat(sums), lengths, options.divisor, options.blocking, options.wire_dtype
+            )
+            own = slices[self._index]
+            parts = torch.split(means, [s.stop - s.start for s in own])
+            for segment, place, part in zip(segments[local_rank :: self._owners], own, parts, strict=True):
+                segment[place].copy_(part)
+        yield self._node.arrive(Lane.FINISH)
+
     def share_steps(self, memory: BucketMemory, take: Take) -> Steps[None]:
         """Show the neighbours' segments to ``take``; nobody writes into one before all have seen it."""
         yield self._node.arrive(Lane.LAUNCH)
@@ -99,3 +132,7 @@ class NodeReduction:
             if rank != memory.position:
                 take(rank, segment)
         yield self._node.arrive(Lane.FINISH)
+
+
+def _as_real(segment: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(segment).view(-1) if segment.is_complex() else segment

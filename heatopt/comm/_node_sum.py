@@ -5,13 +5,16 @@ The bucket is cut into one slice per rank of the node. Between two barriers each
 segments, in rank order, and writes the result into all of them; nobody else touches that slice. The first barrier
 says that all gradients are there, the second that all results are. Blocks of a slice stay in cache between the
 operations, so this costs about what copying the memory costs.
+
+Where each result has one owner, the ranks' parts take the place of the slices: each rank sums its own part and writes
+it into its own segment; nobody writes the rest.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["slice_bounds", "spread", "sum_in_first", "sum_slice"]
+__all__ = ["slice_bounds", "spread", "sum_in_first", "sum_slice", "sum_to"]
 
 # Elements of a block: what is summed, divided and copied while it is in cache.
 _BLOCK_BYTES = 256 * 1024
@@ -35,6 +38,26 @@ def sum_slice(segments: list[torch.Tensor], start: int, stop: int, divisor: int)
         if divisor != 1:
             total.div_(divisor)
         spread(total, parts)
+
+
+def sum_to(target: torch.Tensor, parts: list[torch.Tensor], divisor: int) -> None:
+    """Write the sum of ``parts``, in order, over ``divisor``, rounded once, to ``target``, which may be one of them.
+
+    Nothing else is written, so the lines of the others' memory stay in their caches.
+    """
+    step = _BLOCK_BYTES // target.element_size()
+    scratch = torch.empty(min(step, target.numel()), dtype=torch.float32 if target.dtype in _HALF else target.dtype)
+    for first in range(0, target.numel(), step):
+        place, *blocks = [part[first : first + step] for part in (target, *parts)]
+        total = scratch[: place.numel()]
+        if scratch.dtype == target.dtype and len(blocks) > 1:
+            torch.add(blocks[0], blocks[1], out=total)
+        else:
+            total.copy_(blocks[0])
+            total = total if len(blocks) == 1 else total.add_(blocks[1])
+        for block in blocks[2:]:
+            total.add_(block)
+        place.copy_(total.div_(divisor) if divisor != 1 else total)
 
 
 def sum_in_first(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
 
 from heatopt._log import logger
-from heatopt.comm._collectives import gather_flat, reduce_flat
+from heatopt.comm._collectives import gather_flat, reduce_flat, reduce_scatter_parts
 from heatopt.comm._group import MAX_NODE_WORDS, RankGroup
 from heatopt.comm._node_reduction import BucketMemory, NodeReduction, ReduceOptions, Take
 from heatopt.comm._settings import shared_memory_wanted
@@ -60,11 +60,23 @@ class BucketReducer:
 
     def steps(self, group: RankGroup, memory: BucketMemory, options: ReduceOptions) -> Steps[None]:
         """Sum a bucket over the ranks of ``group`` and divide, in place."""
-        if self._node is not None and memory.shared and not (options.reproducible and group.num_nodes > 1):
-            return self._node.steps(memory, options)
-        # Values are rounded on the network only.
-        wire_dtype = options.wire_dtype if group.num_nodes > 1 else None
+        node = self._node_for(group, memory, options)
+        if node is not None:
+            return node.steps(memory, options)
+        wire_dtype = _wire_dtype(group, options)
         return reduce_flat(group, memory.own, "sum", options.divisor, options.blocking, wire_dtype)
+
+    def scatter_steps(
+        self, group: RankGroup, memory: BucketMemory, bounds: Sequence[int], options: ReduceOptions
+    ) -> Steps[None]:
+        """The same, but elements ``bounds[r]:bounds[r + 1]`` reach rank r alone."""
+        node = self._node_for(group, memory, options)
+        if node is not None:
+            return node.scatter_steps(memory, bounds, options)
+        return _scatter(group, memory.own, bounds, options)
+
+    def _node_for(self, group: RankGroup, memory: BucketMemory, options: ReduceOptions) -> NodeReduction | None:
+        return self._node if memory.shared and not (options.reproducible and group.num_nodes > 1) else None
 
     def share_steps(self, group: RankGroup, memory: BucketMemory, take: Take) -> Steps[None]:
         """Show the memory of each other rank of ``group`` to ``take``."""
@@ -76,6 +88,23 @@ class BucketReducer:
         """Let go of the node's memory; what lives in it keeps it."""
         self._node = None
         self._state = _State.PRIVATE
+
+
+def _wire_dtype(group: RankGroup, options: ReduceOptions) -> torch.dtype | None:
+    """Values are rounded on the network only."""
+    return options.wire_dtype if group.num_nodes > 1 else None
+
+
+def _scatter(group: RankGroup, flat: torch.Tensor, bounds: Sequence[int], options: ReduceOptions) -> Steps[None]:
+    unit = 2 if flat.is_complex() else 1
+    values = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+    first, *ends = (bound * unit for bound in bounds)
+    lengths = [end - start for start, end in zip([first, *ends], ends, strict=False)]
+    mean = yield from reduce_scatter_parts(
+        group, values, lengths, options.divisor, options.blocking, _wire_dtype(group, options)
+    )
+    start = sum(lengths[: group.rank])
+    values[start : start + mean.numel()] = mean
 
 
 def _share_by_gather(group: RankGroup, own: torch.Tensor, take: Take) -> Steps[None]:
@@ -100,7 +129,8 @@ def _open_node(group: RankGroup, make_group: MakeGroup) -> NodeReduction | None:
     owners = min(map(len, nodes))
     if len(nodes) == 1:
         group.exchange_through(node)
-        return NodeReduction(node, owners, None)
+        return NodeReduction(node, nodes, 0, owners, None)
     slices = [[node[k] for node in nodes] for k in range(owners)]
     slices += [[rank] for node in nodes for rank in node[owners:]]
-    return NodeReduction(node, owners, make_group(slices, "set-up of the groups across nodes"))
+    across = make_group(slices, "set-up of the groups across nodes")
+    return NodeReduction(node, nodes, group.node_index, owners, across)

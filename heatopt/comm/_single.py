@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
 import torch
@@ -37,6 +38,11 @@ class SingleCommunicator(Communicator):
     def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         receive.view(-1).copy_(send.view(-1))
         return COMPLETED
+
+    def _all_to_all_parts(
+        self, send: torch.Tensor, receive: torch.Tensor, lengths: Sequence[int], blocking: bool
+    ) -> Request:
+        return self._all_to_all(send, receive, 0, blocking)
 
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         receive.view(-1).copy_(send.view(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
     rank: int
     kind: str
-    """"all_to_all", "all_gather", "broadcast", "words" or "objects"."""
+    """"all_to_all", "all_to_all_parts", "all_gather", "broadcast", "words" or "objects"."""
     channel: str
     bytes: int
     """Size of what the rank passed in; 0 for objects."""
@@ -191,6 +191,17 @@ class ThreadCommunicator(Communicator):
             receive.view(self.size, -1).copy_(torch.stack([value.view(self.size, -1)[self.rank] for value in values]))
 
         return self._start("all_to_all", f"lane{lane}", send.nbytes, send.clone(), take)
+
+    def _all_to_all_parts(
+        self, send: torch.Tensor, receive: torch.Tensor, lengths: Sequence[int], blocking: bool
+    ) -> Request:
+        first = sum(lengths[: self.rank])
+        end = first + lengths[self.rank]
+
+        def take(values: list[torch.Tensor]) -> None:
+            receive.view(self.size, -1).copy_(torch.stack([value.view(-1)[first:end] for value in values]))
+
+        return self._start("all_to_all_parts", "lane0", send.nbytes, send.clone(), take)
 
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         def take(values: list[torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -188,6 +188,13 @@ class TorchCommunicator(Communicator):
 
     def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         return self._start(self._lane(lane, send), "alltoall_base", _bytes(receive), _bytes(send), [], [])
+
+    def _all_to_all_parts(
+        self, send: torch.Tensor, receive: torch.Tensor, lengths: Sequence[int], blocking: bool
+    ) -> Request:
+        sent = [length * send.element_size() for length in lengths]
+        received = [sent[self.rank]] * self.size
+        return self._start(self._lane(0, send), "alltoall_base", _bytes(receive), _bytes(send), received, sent)
 
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         return self._start(self._lane(lane, send), "_allgather_base", _bytes(receive), _bytes(send))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
@@ -18,6 +19,8 @@ class Transport(ABC):
     on all ranks; see [Note: Order of stages].
     """
 
+    rank: int
+    """This process's number, 0 to size - 1."""
     size: int
     """Number of ranks."""
 
@@ -35,6 +38,15 @@ class Transport(ABC):
     @abstractmethod
     def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         """Send the r-th of ``size`` equal parts of ``send`` to rank r."""
+
+    @abstractmethod
+    def _all_to_all_parts(
+        self, send: torch.Tensor, receive: torch.Tensor, lengths: Sequence[int], blocking: bool
+    ) -> Request:
+        """Send the r-th part of ``send``, of ``lengths[r]`` elements, to rank r; on lane 0.
+
+        ``receive`` has ``size`` times as many elements as this rank's part; ``lengths`` are equal on all ranks.
+        """
 
     @abstractmethod
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:

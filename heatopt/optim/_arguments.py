@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from heatopt.optim._flat import check_elementwise
 from heatopt.sharding import check_shardable
 from heatopt.sync import SyncSettings
 
-__all__ = ["check_arguments", "parameter_names", "route_around_fused_sgd"]
+__all__ = ["check_arguments", "listed_once", "parameter_names", "route_around_fused_sgd"]
 
-_SHARDS = ("none", "state")
+_SHARDS = ("none", "state", "gradients")
 _MODULES_WITH_SPARSE_WEIGHT = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 
 
@@ -84,7 +85,7 @@ def _check_shard(shard: object, optimizer: torch.optim.Optimizer, fuse: bool) ->
     if shard not in _SHARDS:
         raise ValueError(f"shard must be one of {', '.join(map(repr, _SHARDS))}, got {shard!r}")
     if shard != "none":
-        check_shardable(optimizer)
+        check_shardable(optimizer, shard)
         if fuse:
             raise ValueError(f"fuse=True and shard={shard!r} cannot be combined yet; choose one of them")
     return shard
@@ -130,6 +131,19 @@ def _sparse_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module 
 def parameter_names(model: torch.nn.Module | None) -> dict[int, str]:
     """Name of each parameter of ``model``, by ``id``."""
     return {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+
+
+def listed_once(param_group: Any) -> tuple[Any, list[torch.Tensor]]:
+    """The group, with a list in the place of a generator, which can be read once, and its parameters."""
+    members = param_group.get("params") if isinstance(param_group, dict) else None
+    if isinstance(members, torch.Tensor):
+        return param_group, [members]
+    if not isinstance(members, Iterable):
+        return param_group, []
+    listed = list(members)
+    found = [member[1] if isinstance(member, tuple) else member for member in listed]
+    # A set is torch's to refuse.
+    return (param_group if isinstance(members, set) else {**param_group, "params": listed}), found
 
 
 def route_around_fused_sgd(group: dict[str, Any]) -> None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 from heatopt.comm import Communicator, world
-from heatopt.optim._arguments import check_arguments, parameter_names, route_around_fused_sgd
+from heatopt.optim._arguments import check_arguments, listed_once, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
-from heatopt.optim._flat import FlatStepper
 from heatopt.optim._ownership import claim, refuse_owned
-from heatopt.sharding import ShardedStates, States, WholeStates, sharded_states
+from heatopt.optim._parts import assemble
 from heatopt.sync import (
     Call,
-    Gradients,
-    GradientSync,
-    LocalGradients,
     SyncSettings,
     broadcast_state,
     broadcast_tensors,
@@ -72,6 +68,10 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         shard: ``"state"``: each rank keeps the optimizer state of its part of the parameters alone, updates that part,
             and receives the others, with the results of ``"none"`` (the default). ``state`` shows that part; ``join()``
             makes them whole. LBFGS agrees to rounding, its inner products being sums over ranks. Not with ``fuse``.
+            ``"gradients"``: each rank keeps the averaged gradients of its part alone, too, and the traffic between
+            nodes is that of ``"none"``. With several ranks ``p.grad`` is then None after a synchronised ``backward()``,
+            for every parameter whose gradient is not sparse: clip by :meth:`clip_grad_norm_`, clear by
+            :meth:`zero_grad`. Averages add up until ``step()`` has used them. Not for LBFGS.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -127,7 +127,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         comm: Communicator,
         names: dict[int, str],
         settings: SyncSettings,
-        layout: Any = None,
+        copied: tuple[Any, Any] = (None, None),
     ) -> None:
         """Set every attribute. torch's own constructor is not called: it would add the parameter groups again."""
         self.torch_optimizer = torch_optimizer
@@ -138,17 +138,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         if isinstance(torch_optimizer, torch.optim.SGD):
             for group in torch_optimizer.param_groups:
                 route_around_fused_sgd(group)
-        self._stepper: Any = FlatStepper(torch_optimizer) if settings.fuse else torch_optimizer
-        self._states: States = WholeStates(torch_optimizer)
-        self._gradients: Gradients = LocalGradients()
-        if comm.size > 1:
-            # The callback must not hold this wrapper, which is to die with its last user.
-            sync = GradientSync(comm, lambda: torch_optimizer.param_groups, names, settings)
-            self._gradients = sync
-            if settings.shard == "state":
-                self._stepper = self._states = sharded_states(
-                    torch_optimizer, sync.channel, sync.meet_for_states, layout
-                )
+        self._gradients, self._shards, self._states, self._stepper = assemble(
+            torch_optimizer, comm, names, settings, *copied
+        )
         super().__setstate__({})  # hooks' dictionaries and torch's profiling
         claim(self._parameters(), self)
 
@@ -223,7 +215,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
-        self._gradients.forget_backward()
+        self._gradients.clear(set_to_none)
         self.torch_optimizer.zero_grad(set_to_none=set_to_none)
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -273,7 +265,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             The norm of all gradients before the scaling, a tensor of no dimension, equal on all ranks.
         """
         self._gradients.settle(Call.CLIP)
-        return clip_gradients(self._parameters(), float(max_norm), float(norm_type), error_if_nonfinite)
+        return clip_gradients(self._parameters(), self._shards, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def report(self) -> dict[str, Any]:
         """What was chosen for this run, for logs. Local.
@@ -281,9 +273,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         Returns:
             ``algorithm``, ``ranks``, ``nodes``; and with several ranks ``shared_memory`` (gradients meet in the memory
             of the node), ``blocking`` (of CPU tensors), ``bucket_mb`` (MiB), ``buckets`` (their number),
-            ``bucket_bytes`` (memory of all of them on this rank), ``tuned`` (False while the first steps still try
-            out what was left to them) and ``trials`` (median seconds of a step of the slowest rank with each
-            candidate).
+            ``bucket_bytes`` (memory of all of them on this rank, and of sharded gradients), ``tuned`` (False while the
+            first steps still try out what was left to them) and ``trials`` (median seconds of a step of the slowest
+            rank with each candidate).
         """
         return {
             "algorithm": self._settings.algorithm,
@@ -304,6 +296,14 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         """Make all gradients averages and return the largest ``found_inf`` of all ranks. For GradScaler. Collective."""
         return max([found_inf, *(row.payload for row in self._gradients.settle(Call.UNSCALE, found_inf))])
 
+    def gradient_holders(self) -> list[torch.Tensor]:
+        """What has this rank's averaged gradients as ``grad``. For GradScaler."""
+        return [*self._parameters(), *self._shards.holders()]
+
+    def give_up_gradients(self) -> None:
+        """The gradients are not to be used: what backward delivers next starts a new sum. For GradScaler."""
+        self._shards.consume()
+
     @outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters and broadcast rank 0's values of them. Collective.
@@ -313,13 +313,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             RankMismatchError: on all ranks, if they add different groups.
         """
         count = len(self._parameters())
-        members = param_group.get("params") if isinstance(param_group, dict) else None
-        if isinstance(members, Iterable) and not isinstance(members, (torch.Tensor, set)):
-            members = list(members)  # a generator can be read once
-            param_group = {**param_group, "params": members}
-        if members is not None:
-            listed = [members] if isinstance(members, torch.Tensor) else list(members)
-            refuse_owned([m[1] if isinstance(m, tuple) else m for m in listed], self._names, self)
+        param_group, members = listed_once(param_group)
+        refuse_owned(members, self._names, self)
         self._states.gather()
         self.torch_optimizer.add_param_group(param_group)
         if isinstance(self.torch_optimizer, torch.optim.SGD):
@@ -371,6 +366,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             "names": [self._names.get(id(parameter)) for parameter in self._parameters()],
             "settings": self._settings,
             "layout": self._states.layout(),
+            "gradients": self._shards.contents(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -387,8 +383,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         optimizer = optimizer_from_contents(*state["torch_optimizer"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
-        ShardedStates.check_layout(state["layout"], comm)
-        self._assemble(optimizer, comm, names, state["settings"], state["layout"])
+        self._assemble(optimizer, comm, names, state["settings"], (state["layout"], state["gradients"]))
 
     def __getattr__(self, name: str) -> Any:
         # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,11 +47,14 @@ class GradScaler(torch.amp.GradScaler):
         if not isinstance(optimizer, DataParallelOptimizer):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         optimizer.unscale_agreed(0.0)  # gradients must be final before they are scaled
-        per_device = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        holders: Any = SimpleNamespace(param_groups=[{"params": optimizer.gradient_holders()}])
+        per_device = super()._unscale_grads_(holders, inv_scale, found_inf, allow_fp16)
         found = max((float(flag) for flag in per_device.values()), default=0.0)
         agreed = optimizer.unscale_agreed(found)
         if not per_device:
             per_device[inv_scale.device] = found_inf
         for flag in per_device.values():
             flag.fill_(agreed)
+        if agreed:
+            optimizer.give_up_gradients()
         return per_device

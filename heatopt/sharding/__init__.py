@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heatopt.sharding._declaration import check_shardable
+from heatopt.sharding._division import GradientDivision
 from heatopt.sharding._gather import Part
 from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._sharded import ShardedStates
@@ -10,6 +11,7 @@ from heatopt.sharding._states import States, Wanted, WholeStates
 from heatopt.sharding._whole_problem import sharded_states
 
 __all__ = [
+    "GradientDivision",
     "HookedStep",
     "Part",
     "ShardedStates",

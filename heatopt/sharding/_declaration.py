@@ -47,15 +47,21 @@ def manner_of(optimizer: torch.optim.Optimizer) -> Manner:
     return _MANNERS.get(type(optimizer), Manner.UNKNOWN)
 
 
-def check_shardable(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError if the state of ``optimizer`` cannot be sharded."""
-    if manner_of(optimizer) is Manner.WHOLE_PROBLEM and type(optimizer) is not torch.optim.LBFGS:
+def check_shardable(optimizer: torch.optim.Optimizer, shard: str) -> None:
+    """Raise ValueError if what ``shard`` names of ``optimizer`` cannot be sharded."""
+    whole_problem = manner_of(optimizer) is Manner.WHOLE_PROBLEM
+    if whole_problem and shard == "gradients":
+        raise ValueError(
+            f"shard='gradients' cannot shard {type(optimizer).__name__} yet; use shard='state', which divides its "
+            "history: that is most of what it keeps"
+        )
+    if whole_problem and type(optimizer) is not torch.optim.LBFGS:
         raise ValueError(
             f"shard='state' can shard LBFGS itself, but not {type(optimizer).__name__}: what a subclass computes with "
             "vectors over all parameters is not known; use shard='none'"
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError("shard='state' cannot update parameter groups with differentiable=True; use shard='none'")
+        raise ValueError(f"shard={shard!r} cannot update parameter groups with differentiable=True; use shard='none'")
 
 
 def keeps_state(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,7 +9,9 @@ from itertools import accumulate
 
 import torch
 
-__all__ = ["Block", "Piece", "ShardSpec", "plan_shards"]
+from heatopt.buckets import BucketPlan, Piece
+
+__all__ = ["Block", "Piece", "ShardSpec", "divide_buckets", "plan_shards"]
 
 _BLOCK_BYTES = 64 * 2**20
 # Vectorised loops round the last elements of a tensor differently: where it costs no balance, pieces of a tensor begin
@@ -33,16 +35,6 @@ class ShardSpec:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Elements ``start:stop`` of the flattened parameter ``index``, which ``rank`` owns."""
-
-    rank: int
-    index: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class Block:
     """Parameters whose new values travel together: one row of memory for each rank, with its pieces side by side."""
 
@@ -56,28 +48,65 @@ class Block:
     """By rank; those of one rank in the order of their parameters. There is one per rank and parameter at most."""
 
 
-def plan_shards(specs: Sequence[ShardSpec], ranks: int, block_bytes: int = _BLOCK_BYTES) -> list[Block]:
+def plan_shards(
+    specs: Sequence[ShardSpec],
+    ranks: int,
+    block_bytes: int = _BLOCK_BYTES,
+    *,
+    decided: Sequence[Sequence[Piece]] = (),
+) -> list[Block]:
     """Divide parameters among ``ranks``.
 
     Parameters that may be cut are laid side by side, up to ``block_bytes``, and cut evenly. The others go to one rank
-    each: in the order of their cost, always to the rank with the least to do.
+    each: in the order of their cost, always to the rank with the least to do. Pieces of some parameters may be
+    ``decided`` already, those of the gradients in a bucket together: they keep their owners.
     """
+    pieces_of: dict[int, list[Piece]] = {}
+    for piece in (piece for pieces in decided for piece in pieces):
+        pieces_of.setdefault(piece.index, []).append(piece)
     blocks = []
     for kind in dict.fromkeys((spec.dtype, spec.device, spec.cut) for spec in specs):
         members = [spec for spec in specs if (spec.dtype, spec.device, spec.cut) == kind]
+        known = [spec for spec in members if spec.index in pieces_of]
+        others = [spec for spec in members if spec.index not in pieces_of]
+        for part in _portions(known, block_bytes if kind[2] else None):
+            blocks.append(_block(part, [piece for spec in part for piece in pieces_of[spec.index]], ranks))
         if kind[2]:
-            blocks += [_cut_evenly(part, ranks) for part in _portions(members, block_bytes)]
-        else:
-            blocks.append(_assign_whole(members, ranks))
+            blocks += [_cut_evenly(part, ranks) for part in _portions(others, block_bytes)]
+        elif others:
+            blocks.append(_assign_whole(others, ranks))
     return blocks
 
 
-def _portions(specs: list[ShardSpec], block_bytes: int) -> list[list[ShardSpec]]:
+def divide_buckets(
+    plans: Sequence[BucketPlan], specs: Sequence[ShardSpec], ranks: int
+) -> list[tuple[tuple[Piece, ...], bool]]:
+    """The pieces of each bucket's parameters, by rank, and whether they may be cut, all of them or none.
+
+    Each bucket by itself is cut evenly, so all ranks receive as much of it; whole parameters are balanced over all
+    buckets, so that their updates are.
+    """
+    spec_of = {spec.index: spec for spec in specs}
+    planned = [spec_of[slot.index] for plan in plans for slot in plan.slots]
+    owner_of = _owners([spec for spec in planned if not spec.cut], ranks)
+    divided = []
+    for plan in plans:
+        members = [spec_of[slot.index] for slot in plan.slots]
+        cut = all(spec.cut for spec in members)
+        if cut:
+            divided.append((_cut_evenly(members, ranks).pieces, True))
+        else:
+            whole = [Piece(owner_of[spec.index], spec.index, 0, spec.numel) for spec in members]
+            divided.append((_by_rank(whole), False))
+    return divided
+
+
+def _portions(specs: list[ShardSpec], block_bytes: int | None) -> list[list[ShardSpec]]:
     portions: list[list[ShardSpec]] = []
     size = 0
     for spec in specs:
         nbytes = spec.numel * spec.dtype.itemsize
-        if not portions or size + nbytes > block_bytes:
+        if not portions or (block_bytes is not None and size + nbytes > block_bytes):
             portions.append([])
             size = 0
         portions[-1].append(spec)
@@ -113,18 +142,27 @@ def _rounded(bound: int, specs: list[ShardSpec], ends: list[int], ranks: int) ->
 
 
 def _assign_whole(specs: list[ShardSpec], ranks: int) -> Block:
+    owners = _owners(specs, ranks)
+    return _block(specs, [Piece(owners[spec.index], spec.index, 0, spec.numel) for spec in specs], ranks)
+
+
+def _owners(specs: list[ShardSpec], ranks: int) -> dict[int, int]:
+    """Which rank updates which whole parameter."""
     loads = [0] * ranks
     owners = {}
     for spec in sorted(specs, key=lambda spec: (-spec.cost, spec.index)):
         owner = min(range(ranks), key=lambda rank: (loads[rank], rank))
         loads[owner] += spec.cost
         owners[spec.index] = owner
-    return _block(specs, [Piece(owners[spec.index], spec.index, 0, spec.numel) for spec in specs], ranks)
+    return owners
+
+
+def _by_rank(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    return tuple(sorted(pieces, key=lambda piece: piece.rank))
 
 
 def _block(specs: list[ShardSpec], pieces: list[Piece], ranks: int) -> Block:
     owned = [0] * ranks
     for piece in pieces:
         owned[piece.rank] += piece.stop - piece.start
-    ordered = tuple(sorted(pieces, key=lambda piece: piece.rank))
-    return Block(specs[0].dtype, specs[0].device, specs[0].cut, max(owned), ordered)
+    return Block(specs[0].dtype, specs[0].device, specs[0].cut, max(owned), _by_rank(pieces))

@@ -15,7 +15,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -24,36 +24,20 @@ import torch
 from heatopt._log import logger
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
-from heatopt.sharding._declaration import Manner, cost_of, keeps_state, manner_of
+from heatopt.sharding._declaration import Manner, keeps_state, manner_of
+from heatopt.sharding._division import shard_specs
 from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, outline_states
 from heatopt.sharding._inner_step import HookedStep
-from heatopt.sharding._partition import Block, ShardSpec, plan_shards
+from heatopt.sharding._layout import Layout
+from heatopt.sharding._partition import plan_shards
 from heatopt.sharding._states import States, Wanted, copied, replace_entry
 from heatopt.sharding._views import Views
-from heatopt.sync import outside_graphs
+from heatopt.sync import GradientShards, outside_graphs
 
 __all__ = ["ShardedStates"]
 
 _GRADIENT, _LAYOUT, _DTYPE = attrgetter("grad"), attrgetter("layout"), attrgetter("dtype")
 _NOT_OPTIONS = ("params", "param_names")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """A partition in use: what a copy of the optimizer must know of the states that it holds."""
-
-    blocks: tuple[Block, ...]
-    rank: int
-    size: int
-    dtypes: tuple[torch.dtype, ...]
-    whole: frozenset[int]
-    """Indices of the parameters that could be cut but for their sparse gradients."""
-    order: tuple[int, ...] = ()
-    """Indices of the parameters in the order of their states; for a copy."""
-
-    def ownership(self) -> Ownership:
-        pieces = {p.index: p for block in self.blocks for p in block.pieces if p.rank == self.rank}
-        return Ownership(pieces, frozenset(p.index for block in self.blocks if block.cut for p in block.pieces))
 
 
 class ShardedStates(States):
@@ -64,6 +48,8 @@ class ShardedStates(States):
         channel: returns the communicator.
         meet: the same, once all ranks are in a call that needs the states of all of them.
         layout: that of an optimizer of which this one is a copy.
+        shards: the part of the gradients that this rank keeps, where those are sharded too.
+        hold_whole: changes whether gradients are whole on all ranks.
     """
 
     def __init__(
@@ -71,9 +57,13 @@ class ShardedStates(States):
         optimizer: torch.optim.Optimizer,
         channel: Callable[[], Communicator],
         meet: Callable[[], Communicator],
-        layout: _Layout | None = None,
+        layout: Layout | None = None,
+        shards: GradientShards | None = None,
+        hold_whole: Callable[[bool], None] | None = None,
     ) -> None:
         super().__init__(optimizer)
+        self._shards = shards or GradientShards()
+        self._hold_whole = hold_whole
         self._channel = channel
         self._meet = meet
         self._manner = manner_of(optimizer)
@@ -129,8 +119,9 @@ class ShardedStates(States):
         pieces = {m.parameter: m.tensor for m in members}
         own_state: Any = defaultdict(dict, {pieces.get(key, key): value for key, value in state.items()})
         views.refresh()
+        kept = self._shards.kept()
         for member in members:
-            member.take_gradient()
+            member.take_gradient(kept.get(member.piece.index))
         optimizer.param_groups, optimizer.state = own_groups, own_state
         try:
             self._update(optimizer, *arguments)
@@ -162,7 +153,8 @@ class ShardedStates(States):
     def _prepare(self, parameters: list[torch.Tensor]) -> Views:
         """Make a partition, and views of its pieces, if there are none or they do not fit any more."""
         gradients = list(map(_GRADIENT, parameters))
-        has_gradient = [gradient is not None for gradient in gradients]
+        present = self._shards.present()
+        has_gradient = [gradient is not None or index in present for index, gradient in enumerate(gradients)]
         if has_gradient != self._had_gradient:
             self._had_gradient = has_gradient
             known = set(self._first_used)
@@ -172,6 +164,7 @@ class ShardedStates(States):
         if layout is not None and not (
             sparse <= layout.whole.union(range(len(parameters)) if self._cuts_nothing else ())
             and list(map(_DTYPE, parameters)) == list(layout.dtypes)
+            and (self._shards.pieces is layout.decided or self._shards.pieces == layout.decided)
         ):
             sparse |= layout.whole
             self.gather()
@@ -193,24 +186,15 @@ class ShardedStates(States):
     def _cuts_nothing(self) -> bool:
         return self._manner is not Manner.ELEMENTWISE
 
-    def _plan(self, parameters: Sequence[torch.Tensor], whole: frozenset[int]) -> _Layout:
+    def _plan(self, parameters: Sequence[torch.Tensor], whole: frozenset[int]) -> Layout:
         """A partition; the parameters ``whole`` are not cut."""
         comm = self._channel()
-        specs = [
-            ShardSpec(
-                index,
-                p.numel(),
-                p.dtype,
-                p.device,
-                not self._cuts_nothing and index not in whole,
-                cost_of(self._optimizer, p),
-            )
-            for index, p in enumerate(parameters)
-        ]
-        blocks = tuple(plan_shards(specs, comm.size))
-        return _Layout(blocks, comm.rank, comm.size, tuple(map(_DTYPE, parameters)), whole)
+        decided = self._shards.pieces
+        specs = shard_specs(self._optimizer, not self._cuts_nothing, whole)
+        blocks = tuple(plan_shards(specs, comm.size, decided=decided))
+        return Layout(blocks, comm.rank, comm.size, tuple(map(_DTYPE, parameters)), whole, decided)
 
-    def _use(self, layout: _Layout) -> None:
+    def _use(self, layout: Layout) -> None:
         self._forget_layout()
         self._layout, self._owned = layout, layout.ownership()
 
@@ -351,13 +335,19 @@ class ShardedStates(States):
             yield
             return
         self.gather()
+        self._change_gradients(whole=True)
         self._keep_whole = True
         try:
             yield
         finally:
             self._keep_whole = False
+        self._change_gradients(whole=False)
 
-    def layout(self) -> _Layout | None:
+    def _change_gradients(self, whole: bool) -> None:
+        if self._hold_whole is not None:
+            self._hold_whole(whole)
+
+    def layout(self) -> Layout | None:
         if self._layout is None:
             return None
         index_of = {p: index for index, p in enumerate(self._parameters())}
@@ -366,11 +356,8 @@ class ShardedStates(States):
     @staticmethod
     def check_layout(layout: Any, comm: Communicator) -> None:
         """Raise unless the pieces that a copy has brought belong to this rank of as many ranks."""
-        if layout is not None and (layout.rank, layout.size) != (comm.rank, comm.size):
-            raise HeatoptError(
-                f"the copy of the optimizer holds the states of rank {layout.rank} of {layout.size}, but this is rank "
-                f"{comm.rank} of {comm.size}; use state_dict() to move states between numbers of ranks"
-            )
+        if layout is not None:
+            layout.check(comm)
 
 
 def _require_equal(whole: list[bool]) -> None:
@@ -393,7 +380,7 @@ def _once(loss: Any) -> Callable[[], Any]:
 
     def closure() -> Any:
         if not losses:
-            raise HeatoptError("shard='state' cannot evaluate a closure more often than once; use shard='none'")
+            raise HeatoptError("a sharded update cannot evaluate its closure more often than once; use shard='none'")
         return losses.pop()
 
     return closure

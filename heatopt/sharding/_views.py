@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from heatopt.buckets import gradient_dtype
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.sharding._partition import Block, Piece
 
@@ -25,16 +26,24 @@ class Member:
         self.parameter = parameter
         self.piece = piece
         self.tensor = tensor
+        self._took = False
 
-    def take_gradient(self) -> None:
-        """Show the update the piece's part of the gradient."""
+    def take_gradient(self, kept: torch.Tensor | None) -> None:
+        """Show the update the piece's part of the gradient.
+
+        Args:
+            kept: that part, if it is all that there is on this rank; the gradient is whole otherwise.
+        """
         gradient = self.parameter.grad
-        if self.tensor is not self.parameter and gradient is not None:
+        self._took = kept is not None or self.tensor is not self.parameter
+        if kept is not None:  # the model may have been converted since
+            self.tensor.grad = kept.to(self.tensor.device, gradient_dtype(self.parameter))
+        elif self._took and gradient is not None:
             self.tensor.grad = gradient.detach().reshape(-1)[self.piece.start : self.piece.stop]
 
     def drop_gradient(self) -> None:
         """Let go of it: whoever owns its memory counts the tensors in it."""
-        if self.tensor is not self.parameter:
+        if self._took:
             self.tensor.grad = None
 
 

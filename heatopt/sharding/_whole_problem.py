@@ -21,6 +21,7 @@ from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, spans
 from heatopt.sharding._sharded import ShardedStates
 from heatopt.sharding._states import Wanted, copied, replace_entry
 from heatopt.sharding._views import Views
+from heatopt.sync import GradientShards
 
 __all__ = ["WholeProblemStates", "sharded_states"]
 
@@ -33,10 +34,12 @@ def sharded_states(
     channel: Callable[[], Communicator],
     meet: Callable[[], Communicator],
     layout: Any = None,
+    shards: GradientShards | None = None,
+    hold_whole: Callable[[bool], None] | None = None,
 ) -> ShardedStates:
     """The sharded states of any ``optimizer``; the arguments are those of :class:`ShardedStates`."""
     kind = WholeProblemStates if isinstance(optimizer, torch.optim.LBFGS) else ShardedStates
-    return kind(optimizer, channel, meet, layout)
+    return kind(optimizer, channel, meet, layout, shards, hold_whole)
 
 
 class WholeProblemStates(ShardedStates):

@@ -8,9 +8,12 @@ from heatopt.sync._gradients import GradientSync
 from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._local import Gradients, LocalGradients
 from heatopt.sync._settings import SyncSettings
+from heatopt.sync._shards import Divide, GradientShards
 
 __all__ = [
     "Call",
+    "Divide",
+    "GradientShards",
     "GradientSync",
     "Gradients",
     "LocalGradients",

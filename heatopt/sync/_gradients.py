@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,15 +13,7 @@ import torch
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
-from heatopt.sync._coordinator import (
-    ALL,
-    REPLAN,
-    Call,
-    Coordinator,
-    OwnedOptions,
-    Row,
-    coordinator_of,
-)
+from heatopt.sync._coordinator import ALL, REPLAN, Call, Coordinator, OwnedOptions, Row, coordinator_of
 from heatopt.sync._fingerprint import Fingerprint, numeric_options, options_hash
 from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._hooks import hook_gradient, is_last_hook, remove_hooks
@@ -30,6 +21,7 @@ from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._round import Round
 from heatopt.sync._settings import SyncSettings
+from heatopt.sync._shards import GradientShards
 from heatopt.sync._tuning import DEFAULT, Choice, Tuner, candidates
 
 __all__ = ["GradientSync"]
@@ -58,6 +50,7 @@ class GradientSync(Gradients):
         groups: returns the optimizer's param_groups.
         names: name of parameters by ``id``, for messages.
         settings: what the user chose.
+        shards: what this rank keeps of the gradients, where they are sharded.
     """
 
     def __init__(
@@ -66,6 +59,7 @@ class GradientSync(Gradients):
         groups: Callable[[], list[dict[str, Any]]],
         names: dict[int, str],
         settings: SyncSettings,
+        shards: GradientShards,
     ) -> None:
         self.number = -1
         self.plan_digest = 0
@@ -74,7 +68,7 @@ class GradientSync(Gradients):
         self._comm = comm
         self._groups = groups
         self._settings = settings
-        self._plan = GradientPlan(groups, names, settings)
+        self._plan = GradientPlan(groups, names, settings, shards)
         self._coordinator: Coordinator | None = None
         self._state = _State.DETACHED
         self._no_sync_depth = 0
@@ -84,7 +78,6 @@ class GradientSync(Gradients):
         self._full = False  # the next bucket to launch has got all its gradients
         self._round: Round | None = None  # the open one, if it is this object's to run
         self._tuner = Tuner([Choice(settings.blocking is not False, settings.bucket_mb or DEFAULT.bucket_mb)])
-        self._last_step: float | None = None  # when the last one began
         self._backward_alive: Callable[[], object | None] = _nothing
         self.quiet: Callable[[], object | None] = _nothing
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -142,7 +135,9 @@ class GradientSync(Gradients):
         self._lay_out(self._settings.sparse)
         overlaps = self._comm.num_nodes > 1 or all(memory.shared for memory in self._plan.memories)
         size = self._plan.report()["bucket_bytes"]
-        self._tuner = Tuner(candidates(self._settings.blocking, self._settings.bucket_mb, overlaps, size))
+        # Other buckets would be another partition of what is sharded.
+        bucket_mb = self._settings.bucket_mb if self._plan.shards.whole else self._plan.bucket_mb
+        self._tuner = Tuner(candidates(self._settings.blocking, bucket_mb, overlaps, size))
 
     def extend(self) -> None:
         self.attach()
@@ -159,7 +154,7 @@ class GradientSync(Gradients):
         self._plan.require_known()
         options = options_hash([*self._groups(), {"loads": self.loads}]) if call in _WITH_OPTIONS else 0
         tuning = call is Call.STEP and not self._tuner.settled
-        rows = self._meet(call, options, self._seconds_since_last_step() if tuning else payload)
+        rows = self._meet(call, options, self._tuner.lap() if tuning else payload)
         if tuning:
             self._tune(rows)
         if call is not Call.STATE:
@@ -171,12 +166,6 @@ class GradientSync(Gradients):
         self.settle(Call.STATE)
         return self.channel()
 
-    def _seconds_since_last_step(self) -> float:
-        now = time.perf_counter()
-        seconds = 0.0 if self._last_step is None else now - self._last_step
-        self._last_step = now
-        return seconds
-
     def _tune(self, rows: list[Row]) -> None:
         """See [Note: Tuning]. A rank in join() does not see the others' rows, so such steps do not count."""
         if any(row.call != Call.STEP for row in rows):
@@ -187,6 +176,11 @@ class GradientSync(Gradients):
         ):
             self._plan.bucket_mb = self._tuner.choice.bucket_mb
             self._lay_out(())
+
+    def hold_whole(self, whole: bool) -> None:
+        """Let each rank hold whole gradients from now on, or its part of them if they are sharded. Collective."""
+        self._plan.shards.whole = whole
+        self._lay_out(())
 
     def report(self) -> dict[str, Any]:
         return {**self._plan.report(), **self._tuner.report()}
@@ -207,8 +201,9 @@ class GradientSync(Gradients):
         return self._coordinator.serve_joined(self, self._what(Call.JOIN))
 
     @outside_graphs
-    def forget_backward(self) -> None:
+    def clear(self, set_to_none: bool) -> None:
         self._notice_interruption()
+        self._plan.shards.clear(set_to_none)
 
     def _notice_interruption(self) -> None:
         if self._state is _State.BROKEN:

@@ -50,8 +50,8 @@ class Gradients(ABC):
         """Take part without data until all ranks do; return the lowest rank that trained last."""
 
     @abstractmethod
-    def forget_backward(self) -> None:
-        """Gradients are about to be cleared: give up what an interrupted backward has left."""
+    def clear(self, set_to_none: bool) -> None:
+        """The parameters' gradients are about to be cleared: clear what else there is of them. Local."""
 
     @abstractmethod
     def no_sync(self) -> AbstractContextManager[None]:
@@ -85,7 +85,7 @@ class LocalGradients(Gradients):
     def serve_joined(self) -> int:
         return 0
 
-    def forget_backward(self) -> None:
+    def clear(self, set_to_none: bool) -> None:
         pass
 
     def no_sync(self) -> AbstractContextManager[None]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from heatopt.buckets import Bucket, ParameterSpec, gradient_dtype, plan_buckets
+from heatopt.buckets import Bucket, GradientBucket, ParameterSpec, gradient_dtype, plan_buckets
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, bucket_bit
 from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, first_difference, printable_options
 from heatopt.sync._settings import SyncSettings
+from heatopt.sync._shards import GradientShards
 from heatopt.sync._tuning import DEFAULT
 
 __all__ = ["GradientPlan"]
@@ -25,17 +26,23 @@ class GradientPlan:
         groups: returns the optimizer's param_groups.
         names: name of parameters by ``id``, for messages; others are called by their group and position.
         settings: what the user chose.
+        shards: what this rank keeps of the gradients, where they are sharded.
     """
 
     def __init__(
-        self, groups: Callable[[], list[dict[str, Any]]], names: dict[int, str], settings: SyncSettings
+        self,
+        groups: Callable[[], list[dict[str, Any]]],
+        names: dict[int, str],
+        settings: SyncSettings,
+        shards: GradientShards,
     ) -> None:
         self._groups = groups
         self._names = names
         self._settings = settings
+        self.shards = shards
         self.parameters: list[torch.Tensor] = []
         self.names: list[str] = []
-        self.buckets: list[Bucket] = []
+        self.buckets: list[GradientBucket] = []
         self.bucket_mb = settings.bucket_mb or DEFAULT.bucket_mb
         """Size of the buckets that :meth:`lay_out` makes."""
         self.memories: list[BucketMemory] = []
@@ -102,6 +109,7 @@ class GradientPlan:
         Raises:
             RankMismatchError: the ranks' parameters differ.
         """
+        self.shards.make_whole(channel, self.parameters)
         wishes = channel.exchange_objects((list(dense), list(sparse)), f"new plan of {self._settings.algorithm}")
         planned = set(self.places).union(*(wish[0] for wish in wishes))
         scattered = set(self.sparse).union(*(wish[1] for wish in wishes))
@@ -122,6 +130,9 @@ class GradientPlan:
                 f"ranks have different optimizers: {first_difference(channel.exchange_objects(found))}"
             )
         self.descriptions = [f"bucket {number}: {plan.describe()}" for number, plan in enumerate(plans)]
+        if not self.shards.whole:
+            self.memories, self.buckets = self.shards.make_buckets(channel, plans, self.parameters)
+            return found.digest()
         self.memories = [channel.allocate(plan.numel, plan.dtype, plan.device) for plan in plans]
         self.buckets = [
             Bucket(plan, memory.own, [self.parameters[slot.index] for slot in plan.slots])
@@ -136,6 +147,7 @@ class GradientPlan:
             "shared_memory": bool(plans) and all(memory.shared for memory in self.memories),
             "buckets": len(plans),
             "bucket_bytes": sum(plan.numel * plan.dtype.itemsize for plan in plans),
+            **({} if self.shards.whole else self.shards.report()),
         }
 
     def replan(self, channel: Communicator) -> int:
@@ -161,6 +173,7 @@ class GradientPlan:
 
     def consume(self) -> None:
         """An update has used the gradients."""
+        self.shards.consume()
         for bucket in self.buckets:
             bucket.consume()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heatopt.buckets import ScatteredBucket
 from heatopt.comm import Communicator, Work
 from heatopt.sync._coordinator import SPARSE, bucket_bit
 from heatopt.sync._plan import GradientPlan
@@ -40,6 +41,7 @@ class Round:
         self._divisor = divisor
         self._contributes = contributes
         self._works: dict[int, Work[None]] = {}  # by bucket number, in the order of the launches
+        plan.shards.begin_round()
 
     def launch(self, number: int) -> None:
         """Reduce a bucket before backward goes on, or start to."""
@@ -61,10 +63,8 @@ class Round:
 
     def complete(self, mask: int) -> None:
         """Wait for the launched buckets, then average the sparse gradients if ``mask`` names them."""
-        for number, work in self._works.items():
-            work.wait()
-            self._reveal(number)
-        self._works.clear()
+        for number in list(self._works):
+            self._finish(number)
         sparse = self._plan.sparse
         if not sparse or not mask & SPARSE:
             return
@@ -83,6 +83,7 @@ class Round:
 
     def _launch(self, number: int, blocking: bool, *, early: bool) -> None:
         bucket = self._plan.buckets[number]
+        self._make_room(number)
         if self._contributes:
             bucket.pack(detach=early)
             for index in bucket.misfits():
@@ -92,11 +93,26 @@ class Round:
         bucket.changed = False
         options = self._settings.reduction(blocking, self._divisor)
         what = f"the reduction for {self._settings.algorithm} of {self._plan.descriptions[number]}"
-        work = self._channel.reduce_bucket(self._plan.memories[number], options, what)
+        memory = self._plan.memories[number]
+        if isinstance(bucket, ScatteredBucket):
+            work = self._channel.scatter_bucket(memory, bucket.rows.bounds, options, what)
+        else:
+            work = self._channel.reduce_bucket(memory, options, what)
         if work is None:
             self._reveal(number)
         else:
             self._works[number] = work
+
+    def _make_room(self, number: int) -> None:
+        """Wait for the bucket whose memory this one is to use; all ranks have launched it before."""
+        turns = self._plan.shards.turns
+        if turns:
+            for earlier in [other for other in self._works if turns[other] == turns[number]]:
+                self._finish(earlier)
+
+    def _finish(self, number: int) -> None:
+        self._works.pop(number).wait()
+        self._reveal(number)
 
     def _reveal(self, number: int) -> None:
         if self._contributes:

@@ -9,6 +9,7 @@ long as the slowest rank says, and every rank sees what all say, so all ranks ma
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -66,10 +67,18 @@ class Tuner:
         self._options = list(options)
         self._seconds: list[list[float]] = [[] for _ in options]
         self._recorded = -_WARM_UP
+        self._last_step: float | None = None  # when it began
         self.choice = self._options[0]
         """What is to be used now."""
         self.settled = len(self._options) == 1
         """True once all has been tried."""
+
+    def lap(self) -> float:
+        """A step begins: return the seconds since the last one did, 0 for the first."""
+        now = time.perf_counter()
+        seconds = 0.0 if self._last_step is None else now - self._last_step
+        self._last_step = now
+        return seconds
 
     def record(self, seconds: float) -> bool:
         """A step with :attr:`choice` took so long on the slowest rank; return True if the choice is another now."""

@@ -1,4 +1,4 @@
-"""``shard="state"``: each rank updates its part, and nobody can tell."""
+"""Sharding: each rank updates its part, and nobody can tell."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator
+from tests.ranks._sharding import SHARDS, assert_close, assert_same_bits, shards_of
 from tests.ranks.test_exactness import TOLERANCE, assert_all_close, grouped, make_net
 from tests.support import parity
 from tests.support.algorithms import Case, default_cases, option_cases
@@ -27,10 +28,10 @@ SAME_BITS = [case for case in DENSE if case.name != "LBFGS"]
 KERNEL = 1e-12
 
 
-def both(comm: Communicator, case: Case, steps: int, **settings: Any) -> list[dict[str, Any]]:
-    """What training makes of equal networks without and with sharding."""
+def each(comm: Communicator, case: Case, steps: int, **settings: Any) -> list[dict[str, Any]]:
+    """What training makes of equal networks without and with each kind of sharding."""
     results = []
-    for shard in ("none", "state"):
+    for shard in shards_of(case.name):
         net = make_net(case)
         losses = net.losses(comm.size, comm.rank) * steps
         results.append(train_as_rank(comm, case, net, losses, model=net, shard=shard, **settings))
@@ -42,19 +43,21 @@ def test_equals_no_sharding(ranks: Ranks, case: Case) -> None:
     """To the last bit where torch's own code does not depend on where a tensor ends."""
 
     def body(comm: Communicator) -> None:
-        whole, sharded = both(comm, case, 2)
+        results = each(comm, case, 2)
         if case.name == "LBFGS":
-            assert_all_close([sharded], whole, case)
+            assert_all_close(results[1:], results[0], case)
         elif case.options.get("fused"):
-            parity.assert_close(sharded, whole, KERNEL, "the sharded optimizer")
+            assert_close(results, KERNEL)
         else:
-            parity.assert_same_bits(sharded, whole, "the sharded optimizer")
+            assert_same_bits(results)
 
     ranks(body, min_size=2)
 
 
-@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
-def test_equals_one_process(ranks: Ranks, case: Case) -> None:
+@pytest.mark.parametrize(
+    ("case", "shard"), [pytest.param(c, s, id=f"{c.name}-{s}") for c in DENSE for s in shards_of(c.name)[1:]]
+)
+def test_equals_one_process(ranks: Ranks, case: Case, shard: str) -> None:
     net = make_net(case)
     parameters = grouped(case, net) if case.takes_groups else None
     expected = train_alone(case, net, net.losses(ranks.size), parameters)
@@ -62,7 +65,7 @@ def test_equals_one_process(ranks: Ranks, case: Case) -> None:
     def body(comm: Communicator) -> dict[str, Any]:
         own = make_net(case)
         parameters = grouped(case, own) if case.takes_groups else None
-        return train_as_rank(comm, case, own, own.losses(comm.size, comm.rank), parameters, shard="state")
+        return train_as_rank(comm, case, own, own.losses(comm.size, comm.rank), parameters, shard=shard)
 
     assert_all_close(ranks(body), expected, case)
 
@@ -75,15 +78,15 @@ def test_dtypes(ranks: Ranks, case: Case, dtype: torch.dtype) -> None:
 
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = Net(dtype, matrices_only=case.matrices_only, with_empty=case.takes_empty)
             losses = net.losses(comm.size, comm.rank)
             results.append(train_as_rank(comm, case, net, losses, model=net, shard=shard))
         # torch's loops over half types round the last elements of a tensor differently in these two.
         if dtype is torch.bfloat16 and case.name in ("SGD", "ASGD"):
-            parity.assert_close(results[1], results[0], 2e-2, "the sharded optimizer")
+            assert_close(results, 2e-2)
         else:
-            parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+            assert_same_bits(results)
 
     ranks(body, min_size=2)
 
@@ -100,7 +103,7 @@ def test_sparse_gradients(ranks: Ranks, name: str, dense: bool, known: bool) -> 
 
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             table = Table(dense=dense)
             optimizer = DataParallelOptimizer(
                 kind(table.parameters(), lr=0.1), model=table if known else None, comm=comm, shard=shard
@@ -110,8 +113,8 @@ def test_sparse_gradients(ranks: Ranks, name: str, dense: bool, known: bool) -> 
                 table(words([[comm.rank, step], [3, 4 + step]], step)).backward()
                 optimizer.step()
             results.append(parity.snapshot(table, optimizer))
-        parity.assert_ranks_equal(comm, results[1])
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        parity.assert_ranks_equal(comm, results)
+        assert_same_bits(results)
 
     ranks(body, min_size=2)
 
@@ -123,7 +126,7 @@ def test_missing_gradients(ranks: Ranks, case: Case) -> None:
 
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             parameters = [torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes]
             optimizer = DataParallelOptimizer(case.optimizer(parameters), comm=comm, shard=shard)
             for step in range(6):
@@ -135,8 +138,8 @@ def test_missing_gradients(ranks: Ranks, case: Case) -> None:
                         parameter.grad = torch.full_like(parameter, 0.1 * (step - number) + comm.rank)
                 optimizer.step()
             results.append([parameters, optimizer.state_dict()])
-        parity.assert_ranks_equal(comm, results[1])
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        parity.assert_ranks_equal(comm, results)
+        assert_same_bits(results)
 
     ranks(body, min_size=2)
 
@@ -154,12 +157,12 @@ def test_parameters_of_any_strides(ranks: Ranks, name: str) -> None:
 
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = make_net(case)
             strided(net.parameters())
             results.append(train_as_rank(comm, case, net, net.losses(comm.size, comm.rank), shard=shard))
         tolerance = TOLERANCE.get(name, 1e-12)
-        parity.assert_close(results[1], results[0], tolerance, "the sharded optimizer")
+        assert_close(results, tolerance)
 
     ranks(body, min_size=2)
 
@@ -172,11 +175,11 @@ def test_large_parameters_and_several_blocks(ranks: Ranks, monkeypatch: pytest.M
 
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = Net(torch.float32, hidden=331, features=127)
             losses = net.losses(comm.size, comm.rank)
             results.append(train_as_rank(comm, case, net, losses, shard=shard, bucket_mb=SMALL_BUCKET_MB * 100))
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        assert_same_bits(results)
 
     ranks(body, min_size=2)
 
@@ -185,11 +188,11 @@ def test_large_parameters_and_several_blocks(ranks: Ranks, monkeypatch: pytest.M
 def test_closures(ranks: Ranks, case: Case) -> None:
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = make_net(case)
             optimizer = DataParallelOptimizer(case.optimizer(net.parameters()), comm=comm, shard=shard)
             train(optimizer, net.losses(comm.size, comm.rank), use_closure=True)
             results.append(parity.snapshot(net, optimizer))
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        assert_same_bits(results)
 
     ranks(body, min_size=2)

@@ -15,13 +15,14 @@ import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator, SingleCommunicator, ThreadWorld
 from heatopt.errors import HeatoptError, RankMismatchError
+from tests.ranks._sharding import SHARDS, assert_same_bits
 from tests.ranks.test_exactness import grouped, make_net
 from tests.support import parity
 from tests.support.algorithms import Case, default_cases
 from tests.support.launch import LAUNCH
 from tests.support.problems import Net
 from tests.support.ranks import Ranks
-from tests.support.training import train, train_alone
+from tests.support.training import SMALL_BUCKET_MB, train, train_alone
 
 DEFAULTS = [case for case in default_cases() if case.takes_dense and not case.needs_closure]  # see test_shard_lbfgs
 ELEMENTWISE = [case for case in DEFAULTS if case.name not in ("Adafactor", "Muon")]
@@ -31,14 +32,17 @@ each_algorithm = pytest.mark.parametrize("case", DEFAULTS, ids=lambda case: case
 one_process = pytest.mark.skipif(LAUNCH.launched, reason="starts ranks of its own")
 
 
-def sharded(comm: Communicator, case: Case, net: nn.Module, **settings: Any) -> DataParallelOptimizer:
-    return DataParallelOptimizer(case.optimizer(net.parameters()), comm=comm, shard="state", **settings)
+each_kind = pytest.mark.parametrize("shard", SHARDS[1:])
 
 
-def trained(comm: Communicator, case: Case, steps: int = 3) -> tuple[Net, DataParallelOptimizer]:
+def sharded(comm: Communicator, case: Case, net: nn.Module, shard: str) -> DataParallelOptimizer:
+    return DataParallelOptimizer(case.optimizer(net.parameters()), comm=comm, shard=shard, bucket_mb=SMALL_BUCKET_MB)
+
+
+def trained(comm: Communicator, case: Case, shard: str = "state") -> tuple[Net, DataParallelOptimizer]:
     net = make_net(case)
-    optimizer = sharded(comm, case, net)
-    train(optimizer, net.losses(comm.size, comm.rank)[:steps])
+    optimizer = sharded(comm, case, net, shard)
+    train(optimizer, net.losses(comm.size, comm.rank)[:3])
     return net, optimizer
 
 
@@ -52,28 +56,30 @@ def test_memory(ranks: Ranks, case: Case) -> None:
 
     def body(comm: Communicator) -> None:
         sizes = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             parameters = [nn.Parameter(torch.ones(shape)) for shape in ((301, 257), (40_001,), (3,))]
             optimizer = DataParallelOptimizer(case.optimizer(parameters), comm=comm, shard=shard)
             for parameter in parameters:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
             sizes.append(bytes_of(optimizer.state))
-        whole, own = sizes
+        whole, *own_sizes = sizes
         numbers = 64
-        assert own <= whole / comm.size * 1.01 + numbers
-        assert sum(comm.all_gather_object(own)) <= whole + numbers * comm.size
+        for own in own_sizes:
+            assert own <= whole / comm.size * 1.01 + numbers
+            assert sum(comm.all_gather_object(own)) <= whole + numbers * comm.size
 
     ranks(body)
 
 
 # torch's own load_state_dict casts the numbers of ASGD and NAdam to the parameter's dtype.
 @pytest.mark.parametrize("case", [c for c in DEFAULTS if c.name not in ("ASGD", "NAdam")], ids=lambda c: c.name)
-def test_state_dict_is_plain(ranks: Ranks, case: Case) -> None:
+@each_kind
+def test_state_dict_is_plain(ranks: Ranks, case: Case, shard: str) -> None:
     """The plain optimizer loads it, also from a file without pickled objects, and goes on as ours does."""
 
     def body(comm: Communicator) -> None:
-        net, optimizer = trained(comm, case)
+        net, optimizer = trained(comm, case, shard)
         state_dict = optimizer.state_dict()
         parity.assert_ranks_equal(comm, state_dict)
         file = io.BytesIO()
@@ -99,10 +105,11 @@ def test_state_dict_is_plain(ranks: Ranks, case: Case) -> None:
 @pytest.mark.parametrize("saved_at", [1, 2, 3, 4])
 @each_algorithm
 def test_loads_at_any_number_of_ranks(case: Case, saved_at: int) -> None:
-    """State dicts of some ranks load at others, and training goes on as if never stopped."""
+    """State dicts of some ranks load at others, and training goes on as if never stopped, sharded in another manner."""
+    saved_as, loaded_as = SHARDS[1:] if saved_at % 2 else SHARDS[:0:-1]
 
     def save(comm: Communicator) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        net, optimizer = trained(comm, case)
+        net, optimizer = trained(comm, case, saved_as)
         return optimizer.state_dict(), {name: p.detach().clone() for name, p in net.named_parameters()}
 
     state_dict, parameters = ThreadWorld(saved_at, timeout=20).run(save)[0]
@@ -119,7 +126,7 @@ def test_loads_at_any_number_of_ranks(case: Case, saved_at: int) -> None:
     def load(comm: Communicator) -> None:
         net = make_net(case)
         net.load_state_dict(parameters)
-        optimizer = sharded(comm, case, net)
+        optimizer = sharded(comm, case, net, loaded_as)
         for parameter in net.parameters():  # a partition is there already
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
@@ -140,14 +147,14 @@ def test_loads_at_any_number_of_ranks(case: Case, saved_at: int) -> None:
 def test_more_ranks_than_elements(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             parameter = nn.Parameter(torch.ones(()))
             optimizer = DataParallelOptimizer(torch.optim.Adam([parameter]), comm=comm, shard=shard)
             for step in range(3):
                 parameter.grad = torch.tensor(1.0 + step + comm.rank)
                 optimizer.step()
             results.append([parameter.detach(), optimizer.state_dict()])
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        assert_same_bits(results)
         held = [state for state in optimizer.state.values() if "exp_avg" in state]
         assert sum(comm.all_gather_object(len(held))) == 1
 
@@ -180,9 +187,10 @@ def test_algorithms_without_a_state(ranks: Ranks, kind: Any) -> None:
     ranks(body)
 
 
-def test_states_of_one_parameter(ranks: Ranks) -> None:
+@each_kind
+def test_states_of_one_parameter(ranks: Ranks, shard: str) -> None:
     def body(comm: Communicator) -> None:
-        net, optimizer = trained(comm, ADAMW)
+        net, optimizer = trained(comm, ADAMW, shard)
         state_dict = optimizer.state_dict()
         for index, parameter in enumerate(net.parameters()):
             expected = state_dict["state"].get(index, {})
@@ -217,9 +225,10 @@ def test_states_of_one_parameter_without_sharding(ranks: Ranks) -> None:
 
 
 @each_algorithm
-def test_copies(ranks: Ranks, case: Case) -> None:
+@each_kind
+def test_copies(ranks: Ranks, case: Case, shard: str) -> None:
     def body(comm: Communicator) -> None:
-        net, optimizer = trained(comm, case)
+        net, optimizer = trained(comm, case, shard)
         twin_net, twin = copy.deepcopy((net, optimizer))
         train(optimizer, net.losses(comm.size, comm.rank))
         train(twin, twin_net.losses(comm.size, comm.rank))
@@ -244,7 +253,7 @@ def test_pickle_keeps_to_its_rank(ranks: Ranks) -> None:
 def test_added_groups(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = Net()
             late = [net.branch, net.scale]
             early = [p for p in net.parameters() if all(p is not other for other in late)]
@@ -255,7 +264,7 @@ def test_added_groups(ranks: Ranks) -> None:
             optimizer.add_param_group({"params": late, "lr": 0.1})
             train(optimizer, losses)
             results.append(parity.snapshot(net, optimizer))
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        assert_same_bits(results)
 
     ranks(body)
 
@@ -263,10 +272,11 @@ def test_added_groups(ranks: Ranks) -> None:
 def test_frozen_and_converted_parameters(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = Net(torch.float32)
             net.second.requires_grad_(False)
-            optimizer = DataParallelOptimizer(torch.optim.SGD(net.parameters(), 0.1, 0.9), comm=comm, shard=shard)
+            plain = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+            optimizer = DataParallelOptimizer(plain, comm=comm, shard=shard, bucket_mb=SMALL_BUCKET_MB)
             train(optimizer, net.losses(comm.size, comm.rank))
             net.second.requires_grad_(True)
             net.first.requires_grad_(False)
@@ -278,7 +288,7 @@ def test_frozen_and_converted_parameters(ranks: Ranks) -> None:
                 state["momentum_buffer"] = state["momentum_buffer"].double()
             train(optimizer, net.losses(comm.size, comm.rank))
             results.append(parity.snapshot(net, optimizer))
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        assert_same_bits(results)
 
     ranks(body)
 
@@ -303,22 +313,23 @@ def test_existing_state_is_divided(ranks: Ranks, case: Case) -> None:
 
     def body(comm: Communicator) -> None:
         results = []
-        for shard in ("none", "state"):
+        for shard in SHARDS:
             net = make_net(case)
             plain = case.optimizer(grouped(case, net))
             train(plain, net.losses(1, 0))
             optimizer = DataParallelOptimizer(plain, comm=comm, shard=shard)
             train(optimizer, net.losses(comm.size, comm.rank))
             results.append(parity.snapshot(net, optimizer))
-        parity.assert_same_bits(results[1], results[0], "the sharded optimizer")
+        assert_same_bits(results)
 
     ranks(body, min_size=2)
 
 
-def test_one_rank_is_plain() -> None:
+@each_kind
+def test_one_rank_is_plain(shard: str) -> None:
     net = Net()
     expected = train_alone(ADAMW, net, net.losses(1))
     net = Net()
-    optimizer = sharded(SingleCommunicator(), ADAMW, net)
+    optimizer = sharded(SingleCommunicator(), ADAMW, net, shard)
     train(optimizer, net.losses(1))
     parity.assert_same_bits(parity.snapshot(net, optimizer), expected, "one rank")

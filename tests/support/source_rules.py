@@ -55,6 +55,7 @@ GLOBALS = {
     ("heatopt.comm._exit", "_installed"): "sys.excepthook belongs to the process, so it is replaced once",
     ("heatopt.comm._launch", "_lock"): "guards the one world",
     ("heatopt.comm._launch", "_world"): "one world per process, as MPI_COMM_WORLD",
+    ("heatopt.comm._mpi", "_OPAQUE"): "constant table: integers by size",
     ("heatopt.comm._torch", "_worlds"): "keys in a store that outlives a communicator must not repeat",
     ("heatopt.comm._work", "COMPLETED"): "stateless",
     ("heatopt.sync._tuning", "DEFAULT"): "a named tuple",

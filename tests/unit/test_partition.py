@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from heatopt.sharding._partition import Block, ShardSpec, plan_shards
+from heatopt.buckets import ParameterSpec, plan_buckets
+from heatopt.sharding._partition import Block, Piece, ShardSpec, divide_buckets, plan_shards
 
 CPU = torch.device("cpu")
 SIZES = [[1], [0], [0, 0, 3], [5, 0, 7, 1, 1, 1], [100_003], [7, 90_000, 0, 3, 250_000, 1], [1] * 50]
@@ -58,3 +59,44 @@ def test_whole_parameters_are_balanced_by_cost() -> None:
 def test_many_parameters_are_planned_in_a_moment() -> None:
     blocks = plan_shards(specs([1000] * 10_000), 64)
     assert len({p.index for block in blocks for p in block.pieces}) == 10_000
+
+
+def bucket_plans(sizes: list[int], max_bytes: int):
+    return plan_buckets([ParameterSpec(i, f"p{i}", (n,), torch.float32, CPU) for i, n in enumerate(sizes)], max_bytes)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{len(sizes)}of{sum(sizes)}")
+def test_each_bucket_is_cut_evenly(sizes: list[int], size: int) -> None:
+    plans = bucket_plans(sizes, 4 * 1000)
+    divided = divide_buckets(plans, specs(sizes), size)
+    assert all(flat for _, flat in divided)
+    for plan, (pieces, _) in zip(plans, divided, strict=True):
+        assert {p.index for p in pieces} == {slot.index for slot in plan.slots}
+        numel = sum(slot.numel for slot in plan.slots)
+        assert sum(p.stop - p.start for p in pieces) == numel
+        assert max(sum(p.stop - p.start for p in pieces if p.rank == r) for r in range(size)) <= numel / size * 1.01 + 1
+        assert [p.rank for p in pieces] == sorted(p.rank for p in pieces)
+
+
+def test_whole_parameters_are_balanced_over_all_buckets() -> None:
+    sizes = [8, 7, 6, 5, 4]
+    divided = divide_buckets(bucket_plans(sizes, 1), specs(sizes, cut=False), 2)
+    assert [pieces for pieces, _ in divided] == [
+        (Piece(rank, index, 0, sizes[index]),) for index, rank in ((4, 0), (3, 0), (2, 1), (1, 1), (0, 0))
+    ]
+    assert not any(flat for _, flat in divided)
+
+
+def test_decided_pieces_keep_their_owners() -> None:
+    """Blocks take over the pieces of gradients; the others are divided as without them."""
+    decided = [(Piece(0, 3, 0, 1), Piece(1, 3, 1, 10)), (Piece(1, 1, 0, 10),)]
+    kinds = [ShardSpec(i, 10, torch.float32, CPU, i != 2, 1) for i in range(4)]
+    blocks = plan_shards(kinds, 2, decided=decided)
+    assert [block.pieces for block in blocks] == [
+        (Piece(0, 3, 0, 1), Piece(1, 1, 0, 10), Piece(1, 3, 1, 10)),
+        (Piece(0, 0, 0, 5), Piece(1, 0, 5, 10)),
+        (Piece(0, 2, 0, 10),),
+    ]
+    assert [block.row for block in blocks] == [19, 5, 10]
+    assert len(plan_shards(kinds, 2, 40, decided=decided)) == 4

@@ -1,0 +1,62 @@
+"""What a data-parallel optimizer consists of, as its settings and the number of ranks ask for."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from heatopt.comm import Communicator
+from heatopt.optim._flat import FlatStepper
+from heatopt.sharding import GradientDivision, ShardedStates, States, WholeStates, sharded_states
+from heatopt.sync import Gradients, GradientShards, GradientSync, LocalGradients, SyncSettings
+
+__all__ = ["Parts", "assemble"]
+
+
+class Parts(NamedTuple):
+    """The parts of one optimizer."""
+
+    gradients: Gradients
+    shards: GradientShards
+    """What this rank keeps of the gradients; nothing where they are not sharded."""
+    states: States
+    stepper: Any
+    """Its ``step`` makes the update."""
+
+
+def assemble(
+    optimizer: torch.optim.Optimizer,
+    comm: Communicator,
+    names: dict[int, str],
+    settings: SyncSettings,
+    layout: Any,
+    kept: Any,
+) -> Parts:
+    """Make the parts for ``optimizer``, the wrapped one.
+
+    Args:
+        optimizer: the wrapped one.
+        comm: the ranks.
+        names: name of parameters by ``id``, for messages.
+        settings: what the user chose.
+        layout: of the states that a copy has brought.
+        kept: the gradients that a copy has brought.
+
+    Raises:
+        HeatoptError: what a copy has brought belongs to another rank.
+    """
+    ShardedStates.check_layout(layout, comm)
+    GradientShards.check_contents(kept, comm)
+    stepper: Any = FlatStepper(optimizer) if settings.fuse else optimizer
+    if comm.size == 1:
+        return Parts(LocalGradients(), GradientShards(), WholeStates(optimizer), stepper)
+    divides = settings.shard == "gradients"
+    shards = GradientShards(GradientDivision(optimizer), kept) if divides else GradientShards()
+    # The callback must not hold the wrapper, which is to die with its last user.
+    sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards)
+    if settings.shard == "none":
+        return Parts(sync, shards, WholeStates(optimizer), stepper)
+    hold_whole = sync.hold_whole if divides else None
+    states = sharded_states(optimizer, sync.channel, sync.meet_for_states, layout, shards, hold_whole)
+    return Parts(sync, shards, states, states)
