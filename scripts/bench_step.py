@@ -81,7 +81,8 @@ def measure(workload: str, options: argparse.Namespace) -> dict[str, Any]:
         for name in options.contenders:
             try:
                 jobs[name] = Job(options.ranks, Path(__file__), ["--perform", name])
-                digest, *_ = set(jobs[name].call("prepare", workload, options.warm_up))
+                steps = options.warm_up if name.startswith("heatopt") else _COMPARED_STEPS
+                digest, *_ = set(jobs[name].call("prepare", workload, steps))
             except JobError as error:
                 missing[name] = str(error)
                 if name in jobs:
@@ -166,7 +167,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps per round and contender (default %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=40, help="steps before the first round (default %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=40, help="steps of heatopt before the first round (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write all times to this file")
     parser.add_argument("--png", type=Path, help="draw the ratios to the step without synchronisation")
     parser.add_argument("--perform", choices=CONTENDERS, help=argparse.SUPPRESS)
