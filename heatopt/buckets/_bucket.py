@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from operator import attrgetter, is_
 
 import torch
 
@@ -17,6 +18,10 @@ SMALL_BYTES = 256 * 1024
 
 _address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
+# A bucket may hold hundreds of small gradients. What is asked of all of them in each step is asked by loops that are
+# not Python's, and Python's loops are for the rare cases.
+_GRADIENT, _VERSION, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("_version"), attrgetter("requires_grad")
+_KIND = attrgetter("dtype", "layout", "device")
 
 
 class GradientBucket(ABC):
@@ -97,7 +102,9 @@ class Bucket(GradientBucket):
         self._shown: list[bool] = [False] * len(plan.slots)  # the last reduction left a gradient
         self._versions: list[int] | None = None  # of the views, when an update had consumed them
         self._adoptable = [slot.numel * plan.dtype.itemsize >= SMALL_BYTES for slot in plan.slots]
-        self._references = list(map(self._count_references, range(len(plan.slots))))
+        # How often each view is referred to while nobody but the bucket does, counted in either of two ways.
+        self._references = list(map(sys.getrefcount, self._views))
+        self._own_references = list(map(self._count_references, range(len(plan.slots))))
         self._uses = [1] * len(plan.slots)  # Python's references together count as one
         self._storage_users = self._count_storage_users()
 
@@ -119,16 +126,19 @@ class Bucket(GradientBucket):
         """True if somebody keeps a gradient of an earlier step, which the next contents would overwrite."""
         if self._count_storage_users() != self._storage_users:
             return True
-        references = list(map(self._count_references, range(len(self._views))))
         uses = list(map(_use_count, self._views))
-        if references == self._references and uses == self._uses:
-            return False  # nobody at all
-        return any(map(self._is_slot_aliased, range(len(uses)), references, uses))
+        if list(map(sys.getrefcount, self._views)) == self._references:
+            if uses == self._uses:
+                return False  # nobody at all
+            shown = map(is_, map(_GRADIENT, self.parameters), self._views)
+            if uses == [1 + is_shown for is_shown in shown]:
+                return False  # the parameters alone
+        return any(map(self._is_slot_aliased, range(len(uses)), uses))
 
-    def _is_slot_aliased(self, position: int, references: int, uses: int) -> bool:
+    def _is_slot_aliased(self, position: int, uses: int) -> bool:
         shown = self.parameters[position].grad is self._views[position]
         # A parameter that has the view counts once; more if a graph has saved it.
-        return uses > 1 + shown or (not shown and references > self._references[position])
+        return uses > 1 + shown or (not shown and self._count_references(position) > self._own_references[position])
 
     def adopt(self, position: int, gradient: torch.Tensor) -> None:
         """Move a large gradient into the memory while it is in cache, and free what autograd made for it.
@@ -140,7 +150,7 @@ class Bucket(GradientBucket):
             return
         self._view(position)
         if self._count_storage_users() != self._storage_users or self._is_slot_aliased(
-            position, self._count_references(position), _use_count(self._views[position])
+            position, _use_count(self._views[position])
         ):
             return
         view = self._views[position]
@@ -150,7 +160,7 @@ class Bucket(GradientBucket):
 
     def consume(self) -> None:
         """An update has used the gradients: what is written into them from now on is new."""
-        self._versions = [view._version for view in self._views]
+        self._versions = list(map(_VERSION, self._views))
 
     def pack(self, detach: bool) -> None:
         """Move all gradients into the memory, zeros where there is none, and set the flags.
@@ -161,11 +171,18 @@ class Bucket(GradientBucket):
             detach: the parameters have no gradients until :meth:`reveal`: backward goes on, and nothing may accumulate
                 into memory that is on the wire.
         """
-        gradients = [parameter.grad for parameter in self.parameters]
+        gradients = list(map(_GRADIENT, self.parameters))
         if list(map(_address, self._views)) != self._addresses:
             # Someone exchanged a view's storage (`grad.data = ...`, module conversion): make it anew.
             for position in range(len(self._views)):
                 self._view(position)
+        if self._are_new(gradients):
+            self._present = [True] * len(gradients)
+            torch._foreach_copy_(self._views, gradients)
+            self._flags.fill_(1)
+            for parameter, view in zip(self.parameters, self._views, strict=True):
+                parameter.grad = None if detach else view
+            return
         present = self._present = [g is not None and self.fits(g) for g in gradients]
         targets: list[torch.Tensor] = []
         sources: list[torch.Tensor] = []
@@ -187,6 +204,18 @@ class Bucket(GradientBucket):
         else:
             self._flags.copy_(torch.tensor(present))
 
+    def _are_new(self, gradients: Sequence[torch.Tensor | None]) -> bool:
+        """True if all gradients are there, can live here, and do not yet: in most steps of most models."""
+        plan = self.plan
+        try:
+            return (
+                set(map(_KIND, gradients)) == {(plan.dtype, torch.strided, plan.device)}
+                and True not in map(is_, gradients, self._views)
+                and True not in map(_REQUIRES_GRAD, gradients)
+            )
+        except AttributeError:  # one is missing
+            return False
+
     def _view(self, position: int) -> torch.Tensor:
         view = self._views[position]
         if view.data_ptr() != self._addresses[position]:
@@ -206,6 +235,9 @@ class Bucket(GradientBucket):
         """
         flags = self._present if all(self._present) else (self._flags != 0).tolist()
         self._versions = None
+        if all(flags) and self._are_views():
+            self._shown = [True] * len(flags)  # nothing was detached
+            return
         for position, parameter in enumerate(self.parameters):
             late = parameter.grad
             view = self._views[position]
@@ -220,10 +252,16 @@ class Bucket(GradientBucket):
             if late is None or final is not None:
                 parameter.grad = final
 
+    def _are_views(self) -> bool:
+        """True if every parameter's gradient is what lives here."""
+        return all(map(is_, map(_GRADIENT, self.parameters), self._views))
+
     def has_foreign_gradients(self) -> bool:
         """True if a gradient is there that is not the result of the last reduction: set by hand, or accumulated."""
         if self.changed:
             return True
+        if all(self._shown) and self._are_views():
+            return self._versions is not None and list(map(_VERSION, self._views)) != self._versions
         for position, parameter in enumerate(self.parameters):
             gradient = parameter.grad
             if gradient is None:

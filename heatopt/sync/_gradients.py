@@ -285,8 +285,11 @@ class GradientSync(Gradients):
         self._full = False
         self._backward_alive = when_backward_ends(_end_of_backward, weakref.ref(self))
         # With one bucket for all nothing can be launched before the end, where it is seen what has come.
-        self.quiet = self._backward_alive if synchronised and self._plan.has_one_bucket() else _nothing
-        if synchronised:
+        quiet = synchronised and self._plan.has_one_bucket()
+        self.quiet = self._backward_alive if quiet else _nothing
+        if quiet:
+            self._waiting_for = [{-1}]
+        elif synchronised:
             self._waiting_for = [
                 {
                     slot.index
