@@ -3,11 +3,12 @@
 
     scripts/two_nodes.sh -n 2 -r 1gbit -- python scripts/bench_network.py --json out.json
 
-A model of equal Linear layers, whose backward also multiplies matrices for as long as the communication takes (once per
-layer, so that nothing but the layers' hooks can make progress in between). For each way of synchronising, in turns:
+A model of equal Linear layers, whose backward also computes for as long as the communication takes (once per layer, so
+that nothing but the layers' hooks can make progress in between): multiplies matrices, which takes the rank's core from
+the network's own work, or with --elsewhere waits, as for an accelerator. For each way of synchronising, in turns:
 
-    communication  a step without the multiplications, less the same step without synchronisation
-    computation    a step without synchronisation, less the same step without the multiplications
+    communication  a step without the computation, less the same step without synchronisation
+    computation    a step without synchronisation, less the same step without the computation
     together       a step with both
     hidden         (communication + computation - together) / min(communication, computation): 1 is best
 
@@ -41,15 +42,23 @@ REFERENCE = "heatopt blocking"
 
 
 class Load:
-    """Multiplications that stand for the computation of a layer's backward."""
+    """What stands for the computation of a layer's backward.
 
-    def __init__(self) -> None:
+    Args:
+        elsewhere: leave the core free.
+    """
+
+    def __init__(self, elsewhere: bool) -> None:
         self.repeats = 0
+        self._elsewhere = elsewhere
         self._matrix = torch.full((128, 128), 1e-3)
         self._product = torch.empty(128, 128)
 
     def work(self) -> None:
-        """Multiply ``repeats`` times."""
+        """Multiply ``repeats`` times, or wait for ``repeats`` times a tenth of a millisecond."""
+        if self._elsewhere:
+            time.sleep(self.repeats * 1e-4)
+            return
         for _ in range(self.repeats):
             torch.mm(self._matrix, self._matrix, out=self._product)
 
@@ -131,7 +140,7 @@ def make_ways(comm: Communicator, make_model: Callable[[], nn.Module], bucket_mb
 
 
 def calibrate(comm: Communicator, load: Load, milliseconds: float, layers: int) -> int:
-    """Multiplications per layer that take so long in all layers, while all ranks compute."""
+    """Repeats per layer that take so long in all layers, while all ranks compute."""
     load.repeats = 200
     times = []
     for _ in range(5):
@@ -203,6 +212,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="of each layer (default %(default)s: 4 MiB)")
     parser.add_argument("--bucket-mb", type=float, default=4.0, help="of heatopt and of DDP (default %(default)s)")
     parser.add_argument("--balance", type=float, default=1.0, help="computation / communication (default %(default)s)")
+    parser.add_argument("--elsewhere", action="store_true", help="compute as an accelerator does: the core is free")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps per round (default %(default)s)")
     parser.add_argument("--ways", nargs="+", help="only these, besides the one without synchronisation")
@@ -213,7 +223,7 @@ def main() -> None:
     if comm.size == 1:
         raise SystemExit("this benchmark needs two or more ranks")
     open_gloo(comm)
-    load = Load()
+    load = Load(options.elsewhere)
 
     def make_model() -> nn.Module:
         torch.manual_seed(0)

@@ -167,7 +167,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps per round and contender (default %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=40, help="steps of heatopt before the first round (default %(default)s)")
+    parser.add_argument(
+        "--warm-up", type=int, default=40, help="steps of heatopt before the first round (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write all times to this file")
     parser.add_argument("--png", type=Path, help="draw the ratios to the step without synchronisation")
     parser.add_argument("--perform", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -20,8 +20,8 @@ _address: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 _use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 # A bucket may hold hundreds of small gradients. What is asked of all of them in each step is asked by loops that are
 # not Python's, and Python's loops are for the rare cases.
-_GRADIENT, _VERSION, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("_version"), attrgetter("requires_grad")
-_KIND = attrgetter("dtype", "layout", "device")
+_GRADIENT, _KIND = attrgetter("grad"), attrgetter("dtype", "layout", "device")
+_VERSION, _REQUIRES_GRAD = attrgetter("_version"), attrgetter("requires_grad")
 
 
 class GradientBucket(ABC):
