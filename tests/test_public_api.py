@@ -62,6 +62,21 @@ COMM_NAMES = {
     "rendezvous_store",
     "world",
 }
+SCHEDULER_NAMES = {
+    "Constant",
+    "ExponentialDecay",
+    "LinearScaling",
+    "Milestones",
+    "ParamScheduler",
+    "Ramp",
+    "Rounded",
+    "Scaled",
+    "Schedule",
+    "WarmupDecay",
+    "goyal_lr",
+    "megatron_lr",
+    "megatron_weight_decay",
+}
 # These live in a module that starts MPI when it is imported.
 STARTS_MPI = {"MPICommunicator"}
 
@@ -93,6 +108,10 @@ def test_names_of_heatopt() -> None:
 
 def test_names_of_comm() -> None:
     assert set(comm.__all__) == COMM_NAMES
+
+
+def test_names_of_lr_scheduler() -> None:
+    assert set(lr_scheduler.__all__) == SCHEDULER_NAMES | set(torch.optim.lr_scheduler.__all__)
 
 
 def test_names_of_errors() -> None:
@@ -148,6 +167,7 @@ def test_type_checkers_see_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = {
         "heatopt.Adam": "-> torch.optim.adam.Adam",
         "heatopt.lr_scheduler.StepLR": "-> torch.optim.lr_scheduler.StepLR",
+        "heatopt.lr_scheduler.ParamScheduler": "-> heatopt.lr_scheduler._param_scheduler.ParamScheduler",
         "heatopt.world().allreduce": "def (tensor: torch._tensor.Tensor, op: str =) -> torch._tensor.Tensor",
         "heatopt.comm.MPICommunicator": "-> heatopt.comm._mpi.MPICommunicator",
         "heatopt.DataParallelOptimizer": "-> heatopt.optim._data_parallel.DataParallelOptimizer",
@@ -239,6 +259,7 @@ def api_page() -> str:
         *(f"heatopt.{name}" for name in sorted(OWN_NAMES - set(errors.__all__))),
         *(f"heatopt.errors.{name}" for name in errors.__all__),
         *(f"heatopt.comm.{name}" for name in sorted(COMM_NAMES - {"Communicator", "world"})),
+        *(f"heatopt.lr_scheduler.{name}" for name in sorted(SCHEDULER_NAMES)),
     ],
 )
 def test_own_name_is_documented(name: str) -> None:
@@ -248,7 +269,9 @@ def test_own_name_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(exported(SOURCES["heatopt"]) - OWN_NAMES) + sorted(exported(SOURCES["heatopt.lr_scheduler"]))
+    "name",
+    sorted(exported(SOURCES["heatopt"]) - OWN_NAMES)
+    + sorted(exported(SOURCES["heatopt.lr_scheduler"]) - SCHEDULER_NAMES),
 )
 def test_torch_name_is_listed_with_a_link(name: str) -> None:
     assert re.search(rf"\[`{name}`\]\(https://docs\.pytorch\.org/docs/stable/[\w./#-]+\)", api_page())
@@ -263,7 +286,7 @@ def test_api_page_has_no_name_that_does_not_exist() -> None:
 
 def own_objects() -> Iterator[tuple[str, Any]]:
     """Every public object of heatopt and the public members of its classes."""
-    for module in (heatopt, comm, errors):
+    for module in (heatopt, comm, errors, lr_scheduler):
         yield module.__name__, module
         for name in module.__all__:
             if name in STARTS_MPI or name.startswith("_"):

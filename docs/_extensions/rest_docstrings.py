@@ -25,7 +25,7 @@ def _link(role: re.Match[str]) -> str:
         if ".".join(parts[:end]) in _DOCUMENTED:
             return f"[`{text}`][{name}]"
     # A class of the same page, named without its module.
-    for package in ("heatopt", "heatopt.comm"):
+    for package in ("heatopt", "heatopt.comm", "heatopt.lr_scheduler"):
         if f"{package}.{parts[0]}" in _DOCUMENTED:
             return f"[`{text}`][{package}.{name}]"
     return f"`{text}`"

@@ -1,4 +1,7 @@
-"""torch's learning-rate schedulers, under heatopt's name. Each drives a :class:`heatopt.DataParallelOptimizer`."""
+"""torch's learning-rate schedulers, and schedules in closed form for any option of a parameter group.
+
+Each scheduler drives a :class:`heatopt.DataParallelOptimizer` as it drives any optimizer.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,41 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
+from heatopt.lr_scheduler._factories import goyal_lr, megatron_lr, megatron_weight_decay
+from heatopt.lr_scheduler._formulas import ExponentialDecay, LinearScaling, Milestones, Ramp, WarmupDecay
+from heatopt.lr_scheduler._param_scheduler import ParamScheduler
+from heatopt.lr_scheduler._schedule import Constant, Rounded, Scaled, Schedule
+
 __all__ = [
     "ChainedScheduler",
+    "Constant",
     "ConstantLR",
     "CosineAnnealingLR",
     "CosineAnnealingWarmRestarts",
     "CyclicLR",
+    "ExponentialDecay",
     "ExponentialLR",
     "LRScheduler",
     "LambdaLR",
     "LinearLR",
+    "LinearScaling",
+    "Milestones",
     "MultiStepLR",
     "MultiplicativeLR",
     "OneCycleLR",
+    "ParamScheduler",
     "PolynomialLR",
+    "Ramp",
     "ReduceLROnPlateau",
+    "Rounded",
+    "Scaled",
+    "Schedule",
     "SequentialLR",
     "StepLR",
+    "WarmupDecay",
+    "goyal_lr",
+    "megatron_lr",
+    "megatron_weight_decay",
 ]
 
 # What a newer torch has beside these.
