@@ -44,6 +44,7 @@ from heatopt.optim import (
     GradScaler,
     broadcast_optimizer_state,
     broadcast_parameters,
+    reduce_metric,
     sync_buffers,
 )
 
@@ -80,6 +81,7 @@ __all__ = [
     "errors",
     "load",
     "lr_scheduler",
+    "reduce_metric",
     "save",
     "swa_utils",
     "sync_buffers",

@@ -41,6 +41,7 @@ OWN_NAMES = {
     "errors",
     "load",
     "lr_scheduler",
+    "reduce_metric",
     "save",
     "sync_buffers",
     "world",
@@ -168,12 +169,14 @@ def test_type_checkers_see_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "heatopt.Adam": "-> torch.optim.adam.Adam",
         "heatopt.lr_scheduler.StepLR": "-> torch.optim.lr_scheduler.StepLR",
         "heatopt.lr_scheduler.ParamScheduler": "-> heatopt.lr_scheduler._param_scheduler.ParamScheduler",
+        "heatopt.reduce_metric(1)": "float",
+        "heatopt.reduce_metric(torch.ones(1))": "torch._tensor.Tensor",
         "heatopt.world().allreduce": "def (tensor: torch._tensor.Tensor, op: str =) -> torch._tensor.Tensor",
         "heatopt.comm.MPICommunicator": "-> heatopt.comm._mpi.MPICommunicator",
         "heatopt.DataParallelOptimizer": "-> heatopt.optim._data_parallel.DataParallelOptimizer",
     }
     snippet = tmp_path / "snippet.py"
-    snippet.write_text("import heatopt\n" + "".join(f"reveal_type({expression})\n" for expression in expected))
+    snippet.write_text("import heatopt, torch\n" + "".join(f"reveal_type({expression})\n" for expression in expected))
     monkeypatch.setenv("MYPYPATH", str(REPOSITORY))
     # The cache of `make types`: with it this takes a second.
     options = ["--config-file", str(REPOSITORY / "pyproject.toml"), "--cache-dir", str(REPOSITORY / ".mypy_cache")]
@@ -226,6 +229,7 @@ def test_one_process_starts_no_communication() -> None:
         "optimizer = heatopt.DataParallelOptimizer(heatopt.SGD(model.parameters()), model=model)\n"
         "model(torch.ones(4, 2)).sum().backward()\n"
         "optimizer.step()\n"
+        "assert heatopt.reduce_metric(0.5) == 0.5\n"
         "assert 'mpi4py' not in sys.modules\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert sys.excepthook is sys.__excepthook__\n"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,10 +78,7 @@ class ParamScheduler(LRScheduler):
             if drive is None:
                 raise TypeError(f"{option} must be a schedule or a number, got None: leave it out, or use groups=")
         self._overrides: dict[int, dict[str, Drive | None]] = {}
-        for number, chosen in (groups or {}).items():
-            self._override(number, chosen)
-        self._check()
-        self._settings()  # a schedule that cannot be saved is refused now, not after the first epoch
+        self._adopt({number: self._chosen(number, given) for number, given in (groups or {}).items()})
         super().__init__(optimizer)  # calls step(), which makes the count 0
 
     def override(self, group: int, **schedules: Given) -> None:
@@ -95,13 +91,7 @@ class ParamScheduler(LRScheduler):
         Raises:
             TypeError, ValueError: as at construction; nothing has changed then.
         """
-        before = {number: dict(drives) for number, drives in self._overrides.items()}
-        try:
-            self._override(group, schedules)
-            self._check()
-        except (TypeError, ValueError):
-            self._overrides = before
-            raise
+        self._adopt({**self._overrides, group: self._chosen(group, schedules)})
         self._update_lr(self.last_epoch)
 
     def step(self, increment: int = 1) -> None:  # type: ignore[override]
@@ -115,10 +105,7 @@ class ParamScheduler(LRScheduler):
             TypeError: ``increment`` is no whole number.
             ValueError: it is negative, or a group that was added later lacks an option.
         """
-        try:
-            increment = check_whole("increment", operator.index(increment), least=0)
-        except TypeError:
-            raise TypeError(f"increment must be a whole number, got {increment!r}") from None
+        increment = check_whole("increment", increment, least=0)
         if increment == 0:
             self._update_lr(self.last_epoch)
             return
@@ -166,27 +153,34 @@ class ParamScheduler(LRScheduler):
                 "on_load='restore' to take the schedules of the state, or on_load='keep' to take its count alone"
             )
         if self._on_load == "restore":
-            self._restore(saved)
+            # The general schedules stay, for groups that are added later.
+            general = dict.fromkeys(self._schedules)
+            self._adopt(
+                {
+                    number: {**general, **{option: restored_drive(one) for option, one in settings.items()}}
+                    for number, settings in enumerate(saved)
+                }
+            )
         self._step_count = state_dict["_step_count"]
         self._update_lr(count)
 
-    def _override(self, number: int, chosen: Mapping[str, Given]) -> None:
+    def _chosen(self, number: int, given: Mapping[str, Given]) -> dict[str, Drive | None]:
+        """What one group is to have of its own, with what it has already."""
         check_whole("number of a group", number, least=0)
         if number >= self._number():
             raise ValueError(f"there is no parameter group {number}; the optimizer has {self._number()}, from 0")
-        drives = {option: as_drive(option, given) for option, given in chosen.items()}
-        self._overrides.setdefault(number, {}).update(drives)
+        if not isinstance(given, Mapping):
+            raise TypeError(f"schedules of group {number} must be given by option, as {{'lr': ...}}, got {given!r}")
+        drives = {option: as_drive(option, one) for option, one in given.items()}
+        return {**self._overrides.get(number, {}), **drives}
 
-    def _restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take the schedules of a state. The general ones stay for groups that are added later."""
-        before = self._overrides
-        self._overrides = {
-            number: {**dict.fromkeys(self._schedules), **{name: restored_drive(s) for name, s in settings.items()}}
-            for number, settings in enumerate(saved)
-        }
+    def _adopt(self, overrides: dict[int, dict[str, Drive | None]]) -> None:
+        """Let groups have these schedules of their own, if all fit and can be saved."""
+        before, self._overrides = self._overrides, overrides
         try:
             self._check()
-        except ValueError:
+            self._settings()
+        except (TypeError, ValueError):
             self._overrides = before
             raise
 
@@ -212,8 +206,8 @@ class ParamScheduler(LRScheduler):
     def _update_lr(self, epoch: int | None = None) -> None:
         """Set the options at a count, or at the next one: what torch's ``step`` and ``SequentialLR`` call."""
         count = self.last_epoch + 1 if epoch is None else epoch
+        self._check()  # a group may have been added without one of the options
         found = self.values(count)
-        self._check()
         self.last_epoch = count
         for group, values in zip(self.optimizer.param_groups, found, strict=True):
             for option, value in values.items():

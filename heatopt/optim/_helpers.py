@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any, overload
 
 import torch
 
@@ -10,7 +12,7 @@ from heatopt.comm import Communicator, world
 from heatopt.optim._data_parallel import DataParallelOptimizer
 from heatopt.sync import average_tensors, broadcast_state, broadcast_tensors
 
-__all__ = ["broadcast_optimizer_state", "broadcast_parameters", "sync_buffers"]
+__all__ = ["broadcast_optimizer_state", "broadcast_parameters", "reduce_metric", "sync_buffers"]
 
 
 def broadcast_parameters(
@@ -79,6 +81,39 @@ def sync_buffers(model: torch.nn.Module, mode: str = "mean", comm: Communicator 
         average_tensors(comm, buffers)
     else:
         broadcast_tensors(comm, buffers, 0, "sync_buffers()")
+
+
+@overload
+def reduce_metric(value: torch.Tensor, op: str = "mean", comm: Communicator | None = None) -> torch.Tensor: ...
+@overload
+def reduce_metric(value: float, op: str = "mean", comm: Communicator | None = None) -> float: ...
+def reduce_metric(value: Any, op: str = "mean", comm: Communicator | None = None) -> torch.Tensor | float:
+    """Reduce a metric over all ranks, so that all decide alike by it. Collective.
+
+    >>> plateau.step(heatopt.reduce_metric(loss))
+
+    Args:
+        value: this rank's, which stays as it is: a number, or a tensor of the same shape and dtype on all ranks.
+        op: "mean", "sum", "max" or "min". The mean is one of ranks: with batches of different sizes reduce sums and
+            counts, and divide.
+        comm: the ranks; default :func:`heatopt.world`.
+
+    Returns:
+        Equal on all ranks, a NaN too: for a number a float, reduced in float64; for a tensor a new one of its shape,
+        dtype and device, without gradient.
+
+    Raises:
+        TypeError: neither a number nor a tensor; or a dtype that has no such reduction, as the mean of integers.
+        ValueError: unknown ``op``.
+        RankMismatchError: the ranks' values differ in shape or dtype, or their ``op`` does.
+    """
+    _require(comm, (Communicator, type(None)), "comm", "a heatopt.comm.Communicator or None")
+    if isinstance(value, bool) or not isinstance(value, (torch.Tensor, Real)):
+        raise TypeError(f"value must be a number or a torch.Tensor, got {value!r} of type {type(value).__name__}")
+    comm = world() if comm is None else comm
+    if isinstance(value, torch.Tensor):
+        return comm.allreduce(value.detach().clone(), op)
+    return comm.allreduce(torch.tensor(float(value), dtype=torch.float64), op).item()
 
 
 def _require(value: object, kind: type | tuple[type, ...], name: str, allowed: str) -> None:

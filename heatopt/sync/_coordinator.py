@@ -333,7 +333,7 @@ class Coordinator:
                         raise RankMismatchError(
                             f"{key!r} of {mine.owner}: rank {first} has {ours.get(key, 'none')}, rank {rank} has "
                             f"{theirs.get(key, 'none')}; schedule, load and change it alike on all ranks (average a "
-                            "metric that decides with world().allreduce first)"
+                            "metric that decides with heatopt.reduce_metric first)"
                         )
         raise RankMismatchError("the ranks' parameter groups have different options")
 

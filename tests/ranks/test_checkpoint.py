@@ -200,6 +200,9 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "ChainedScheduler": lambda o: heatopt.lr_scheduler.ChainedScheduler(
         [heatopt.lr_scheduler.ConstantLR(o, 0.1, 2), heatopt.lr_scheduler.ExponentialLR(o, 0.9)]
     ),
+    "ParamScheduler": lambda o: heatopt.lr_scheduler.ParamScheduler(
+        o, lr=heatopt.lr_scheduler.Milestones(0.1, (1, 6)), betas=(heatopt.lr_scheduler.Ramp(0.9, 0.8, steps=7), None)
+    ),
 }
 
 

@@ -60,6 +60,9 @@ SCHEDULERS: dict[str, MakeScheduler] = {
     "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=3),
     "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.01, total_steps=9, cycle_momentum=_has_momentum(o)),
     "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=5, power=2.0),
+    "ParamScheduler": lambda o: schedulers.ParamScheduler(
+        o, lr=schedulers.WarmupDecay(0.01, 0.001, warmup_steps=2, decay_steps=4, style="cosine")
+    ),
     "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.003, anneal_epochs=3),
 }
 
@@ -76,8 +79,7 @@ def test_every_scheduler_is_covered() -> None:
         for name in schedulers.__all__
         if isinstance(getattr(schedulers, name), type) and issubclass(getattr(schedulers, name), torch_scheduler())
     }
-    # heatopt's own has tests of its own: test_schedules.py.
-    assert names - {"LRScheduler", "ParamScheduler"} == SCHEDULERS.keys() - {"SWALR"}
+    assert names - {"LRScheduler"} == SCHEDULERS.keys() - {"SWALR"}
     assert set(torch.optim.lr_scheduler.__all__) <= set(schedulers.__all__)
     for name in torch.optim.lr_scheduler.__all__:
         assert getattr(schedulers, name) is getattr(torch.optim.lr_scheduler, name)
