@@ -215,7 +215,7 @@ class Trainer:
                 nn.utils.clip_grad_norm_(self.task.model.parameters(), self.options.clip)
             for optimizer in self.optimizers:
                 optimizer.step()
-        return float(self.comm.allreduce(first_loss[0].clone(), "mean"))
+        return float(heatopt.reduce_metric(first_loss[0], comm=self.comm))
 
     def move_schedulers(self, record: dict[str, float]) -> None:
         """Move the schedulers where it is time: at each step or at the end of an epoch."""

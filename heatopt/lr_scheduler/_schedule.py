@@ -41,7 +41,7 @@ class Schedule(ABC):
 
         Raises:
             TypeError: ``n`` is no number.
-            ValueError: ``n`` is negative.
+            ValueError: ``n`` is negative or not finite.
         """
         return self.at(check_number("the count n", n, least=0))
 

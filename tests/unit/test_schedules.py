@@ -169,6 +169,20 @@ def test_ramp(style: str, start: float, end: float) -> None:
         assert_table(megatron_weight_decay(start, end, wd_incr_steps=17, wd_incr_style=style), expected)
 
 
+def test_ends_are_exact() -> None:
+    """Where ``low + (high - low)`` is not ``high`` in floats."""
+    low, high = 0.03, 0.3
+    assert low + (high - low) != high
+    for style in ("constant", "linear", "cosine", "inverse-square-root"):
+        schedule = WarmupDecay(high, low, init_value=low, warmup_steps=3, decay_steps=9, style=style)
+        assert (schedule.value(0), schedule.value(3)) == (low, high)
+        assert schedule.value(10) == (high if style == "constant" else low)
+        assert WarmupDecay(high, low, decay_steps=9, style=style).value(0) == high
+    for style in ("linear", "cosine"):
+        assert [Ramp(low, high, steps=3, style=style).value(n) for n in (0, 3, 4)] == [low, high, high]
+        assert [Ramp(low, low, steps=7, style=style).value(n) for n in range(9)] == [low] * 9
+
+
 def test_ramp_by_hand() -> None:
     assert [Ramp(0.0, 1.0, steps=4).value(n) for n in (0, 1, 2, 3, 4, 5)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     assert [megatron_weight_decay(0.5, 0.5).value(n) for n in (0, 1, 10**9)] == [0.5, 0.5, 0.5]
