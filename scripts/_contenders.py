@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,14 +56,9 @@ def _plain(comm: Communicator, workload: Workload, model: nn.Module) -> Contende
     return Contender(model, model, workload.make_optimizer(list(model.parameters())))
 
 
-def _heatopt(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
+def _heatopt(comm: Communicator, workload: Workload, model: nn.Module, shard: str = "none") -> Contender:
     inner = workload.make_optimizer(list(model.parameters()))
-    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model))
-
-
-def _heatopt_sharded(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
-    inner = workload.make_optimizer(list(model.parameters()))
-    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model, shard="state"))
+    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model, shard=shard))
 
 
 def _ddp(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
@@ -123,7 +119,8 @@ def _deepspeed(comm: Communicator, workload: Workload, model: nn.Module) -> Cont
 CONTENDERS: dict[str, Callable[[Communicator, Workload, nn.Module], Contender]] = {
     FLOOR: _plain,
     "heatopt": _heatopt,
-    'heatopt shard="state"': _heatopt_sharded,
+    'heatopt shard="state"': partial(_heatopt, shard="state"),
+    'heatopt shard="gradients"': partial(_heatopt, shard="gradients"),
     DDP: _ddp,
     "DDP + ZeroRedundancy": _zero_redundancy,
     "FSDP2 gloo": _fsdp,
