@@ -40,8 +40,14 @@ from heatopt.errors import (
     RankMismatchError,
 )
 from heatopt.optim import (
+    CO2,
+    DASO,
     DataParallelOptimizer,
+    DetectMetricPlateau,
+    DiLoCo,
     GradScaler,
+    LocalSGD,
+    SlowMo,
     broadcast_optimizer_state,
     broadcast_parameters,
     reduce_metric,
@@ -50,6 +56,8 @@ from heatopt.optim import (
 
 __all__ = [
     "ASGD",
+    "CO2",
+    "DASO",
     "LBFGS",
     "SGD",
     "Adadelta",
@@ -62,8 +70,11 @@ __all__ = [
     "CollectiveTimeoutError",
     "Communicator",
     "DataParallelOptimizer",
+    "DetectMetricPlateau",
+    "DiLoCo",
     "GradScaler",
     "HeatoptError",
+    "LocalSGD",
     "Muon",
     "NAdam",
     "Optimizer",
@@ -73,6 +84,7 @@ __all__ = [
     "RankMismatchError",
     "ResumableSampler",
     "Rprop",
+    "SlowMo",
     "SparseAdam",
     "__version__",
     "broadcast_optimizer_state",

@@ -25,15 +25,21 @@ pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="about names: one proces
 
 # A name comes or goes here only together with its place in docs/api.md.
 OWN_NAMES = {
+    "CO2",
+    "DASO",
     "CheckpointError",
     "CollectiveTimeoutError",
     "Communicator",
     "DataParallelOptimizer",
+    "DetectMetricPlateau",
+    "DiLoCo",
     "GradScaler",
     "HeatoptError",
+    "LocalSGD",
     "RankFailedError",
     "RankMismatchError",
     "ResumableSampler",
+    "SlowMo",
     "__version__",
     "broadcast_optimizer_state",
     "broadcast_parameters",

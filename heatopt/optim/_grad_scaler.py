@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from heatopt.optim._data_parallel import DataParallelOptimizer
+from heatopt.optim._local import LocalOptimizer
 
 __all__ = ["GradScaler"]
 
@@ -17,7 +18,8 @@ class GradScaler(torch.amp.GradScaler):
 
     ``unscale_`` and ``step`` first make every gradient an average, also those set by hand and on ranks that called no
     backward; then an overflow that any rank finds counts on all, so all scales stay equal. With another optimizer it is
-    torch's scaler. Arguments as there.
+    torch's scaler. With a local-update method this holds among ranks that average gradients; the others go on, and the
+    skipped step is counted, so that averages stay in step. Arguments as there.
     """
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
@@ -44,7 +46,7 @@ class GradScaler(torch.amp.GradScaler):
         found_inf: torch.Tensor,
         allow_fp16: bool,
     ) -> dict[torch.device, torch.Tensor]:
-        if not isinstance(optimizer, DataParallelOptimizer):
+        if not isinstance(optimizer, (DataParallelOptimizer, LocalOptimizer)):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         optimizer.unscale_agreed(0.0)  # gradients must be final before they are scaled
         holders: Any = SimpleNamespace(param_groups=[{"params": optimizer.gradient_holders()}])
@@ -58,3 +60,11 @@ class GradScaler(torch.amp.GradScaler):
         if agreed:
             optimizer.give_up_gradients()
         return per_device
+
+    def _maybe_opt_step(
+        self, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> float | None:
+        overflow = any(flag.item() for flag in optimizer_state["found_inf_per_device"].values())
+        if overflow and isinstance(optimizer, LocalOptimizer):
+            optimizer.skip_update()
+        return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)

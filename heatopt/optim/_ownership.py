@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["claim", "refuse_owned"]
+__all__ = ["claim", "refuse_owned", "release"]
 
 _owners: Any = WeakIdKeyDictionary()
 
@@ -19,6 +19,14 @@ def claim(parameters: Iterable[torch.Tensor], owner: torch.optim.Optimizer) -> N
     reference = weakref.ref(owner)
     for parameter in parameters:
         _owners[parameter] = reference
+
+
+def release(parameters: Iterable[torch.Tensor], owner: torch.optim.Optimizer) -> None:
+    """``owner`` leaves ``parameters`` to another wrapper."""
+    for parameter in parameters:
+        found = _owners.get(parameter)
+        if found is not None and found() is owner:
+            del _owners[parameter]
 
 
 def refuse_owned(

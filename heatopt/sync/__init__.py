@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from heatopt.sync._broadcast import average_tensors, broadcast_state, broadcast_tensors, start_equal
-from heatopt.sync._coordinator import Call, Row
+from heatopt.sync._coordinator import Call, Coordinator, OwnedOptions, Row, coordinator_of
+from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, numeric_options, options_hash, printable_options
 from heatopt.sync._gradients import GradientSync
 from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._local import Gradients, LocalGradients
@@ -12,16 +13,24 @@ from heatopt.sync._shards import Divide, GradientShards
 
 __all__ = [
     "Call",
+    "Coordinator",
     "Divide",
+    "Fingerprint",
     "GradientShards",
     "GradientSync",
     "Gradients",
     "LocalGradients",
+    "OwnedOptions",
+    "ParameterPrint",
     "Row",
     "SyncSettings",
     "average_tensors",
     "broadcast_state",
     "broadcast_tensors",
+    "coordinator_of",
+    "numeric_options",
+    "options_hash",
     "outside_graphs",
+    "printable_options",
     "start_equal",
 ]

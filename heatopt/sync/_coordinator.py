@@ -60,6 +60,8 @@ class Call(IntEnum):
     ADD_PARAM_GROUP = 8
     CLIP = 9
     STATE = 10
+    MERGE = 11
+    EPOCH = 12
 
     def __str__(self) -> str:
         return _CALL_NAMES[self]
@@ -76,6 +78,8 @@ _CALL_NAMES = {
     Call.ADD_PARAM_GROUP: "add_param_group()",
     Call.CLIP: "clip_grad_norm_()",
     Call.STATE: "state_dict() or another look at sharded states",
+    Call.MERGE: "an average of local updates",
+    Call.EPOCH: "epoch_loss_logic()",
 }
 
 # What a header's mask asks for: bit b for the buckets whose number is b modulo 61, and two more.

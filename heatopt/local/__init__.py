@@ -1,0 +1,25 @@
+"""The local-update engine: pure schedules and merge rules, delayed averages, and what carries them out."""
+
+from __future__ import annotations
+
+from heatopt.local._cycle import Cycle, DasoPeriods, DetectMetricPlateau, Phase
+from heatopt.local._engine import LocalEngine
+from heatopt.local._outer import CO2Momentum, OuterFactory, SlowMomentum
+from heatopt.local._schedule import PeriodicSchedule, SyncPlan
+from heatopt.local._settings import LocalSettings
+from heatopt.local._subject import Subject
+
+__all__ = [
+    "CO2Momentum",
+    "Cycle",
+    "DasoPeriods",
+    "DetectMetricPlateau",
+    "LocalEngine",
+    "LocalSettings",
+    "OuterFactory",
+    "PeriodicSchedule",
+    "Phase",
+    "SlowMomentum",
+    "Subject",
+    "SyncPlan",
+]

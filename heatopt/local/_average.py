@@ -1,0 +1,120 @@
+"""An average over the replicas on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator, Work
+from heatopt.local._packing import Packed
+from heatopt.local._replicas import Replicas
+
+__all__ = ["DelayedAverage", "Kind", "Parcel"]
+
+
+class Kind(str, Enum):
+    """What travels."""
+
+    MEAN = "mean"
+    """The values; their mean."""
+    TOTAL = "total"
+    """The values; their sum over replicas, each counted once."""
+    DELTA = "delta"
+    """Differences from the anchor; their mean."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is sent, and what a merge must know of it."""
+
+    fragment: int
+    kind: Kind
+    indices: tuple[int, ...]
+    """Of the parameters."""
+    delay: int
+    turn: int
+    """Number of the average, which chooses the delegates."""
+    count: int
+    """Number of replicas."""
+    sent: tuple[torch.Tensor, ...] | None
+    """The parameters when they were sent, where the merge needs them."""
+
+
+class DelayedAverage:
+    """Owns the buffers of one average until it has been waited for."""
+
+    def __init__(self, parcel: Parcel, packed: Packed | None, replicas: Replicas | None) -> None:
+        self.parcel = parcel
+        self._packed = packed
+        self._replicas = replicas
+        self._works: list[Work[torch.Tensor]] = []
+        self._result: list[torch.Tensor] | None = None
+
+    @classmethod
+    def begin(cls, parcel: Parcel, tensors: list[torch.Tensor], replicas: Replicas, chunk: int) -> DelayedAverage:
+        """Send ``tensors``; with a delay of 0 the result is there when this returns. Collective."""
+        packed = Packed(tensors if parcel.kind is Kind.TOTAL else replicas.weigh(tensors), chunk)
+        average = cls(parcel, packed, replicas)
+        group = replicas.group(parcel.turn)
+        if group is not None:
+            average._send(group)
+        return average
+
+    def _send(self, group: Communicator) -> None:
+        assert self._packed is not None
+        op = "sum" if self.parcel.kind is Kind.TOTAL else "mean"
+        for chunk in self._packed.chunks:
+            if self.parcel.delay:
+                self._works.append(group.allreduce_async(chunk, op))
+            else:
+                group.allreduce(chunk, op)
+
+    def wait(self) -> list[torch.Tensor]:
+        """The result for each index. Collective in the replica at the first call."""
+        if self._result is None:
+            assert self._packed is not None
+            assert self._replicas is not None
+            for work in self._works:
+                work.wait()
+            self._works = []
+            self._replicas.spread(self._packed, self.parcel.turn)
+            self._result = self._packed.unpack()
+        return self._result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a merge needs, as plain objects and tensors."""
+        parcel = self.parcel
+        return {
+            "fragment": parcel.fragment,
+            "kind": parcel.kind.value,
+            "indices": list(parcel.indices),
+            "delay": parcel.delay,
+            "turn": parcel.turn,
+            "count": parcel.count,
+            "sent": None if parcel.sent is None else [tensor.clone() for tensor in parcel.sent],
+            "result": [tensor.clone() for tensor in self.wait()],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], parameters: list[torch.Tensor]) -> DelayedAverage:
+        """The inverse of :meth:`state_dict`: an average that has arrived."""
+        devices = [parameters[index].device for index in state["indices"]]
+
+        def restored(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [t.detach().to(device, copy=True) for t, device in zip(tensors, devices, strict=True)]
+
+        parcel = Parcel(
+            state["fragment"],
+            Kind(state["kind"]),
+            tuple(state["indices"]),
+            state["delay"],
+            state["turn"],
+            state["count"],
+            None if state["sent"] is None else tuple(restored(state["sent"])),
+        )
+        average = cls(parcel, None, None)
+        average._result = restored(state["result"])
+        return average

@@ -1,0 +1,383 @@
+"""The engine of all local-update methods: it carries out plans.
+
+[Note: Local updates]
+Between averages a rank trains alone. After each update a plan, which is a pure function of the update's number, tells
+what is sent, merged or averaged; the engine does that, in the plan's order. All methods are such plans with a merge
+rule and an optimizer of the anchor, the copy of the parameters that is equal on all ranks:
+
+* What travels are values, or differences from the anchor where an outer optimizer or a wire dtype needs them.
+* An average that is on its way owns its buffers; it is merged after the update for which it is due, however early it
+  has arrived. So a checkpoint may wait for it, and the run goes on with the same bits.
+* Whatever a rank begins together with others begins with a header (see [Note: Headers]): the number of the update and
+  of the average, which parameters take part, and the outer optimizer's options. To merge what was sent needs none.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator
+from heatopt.local._average import DelayedAverage, Kind, Parcel
+from heatopt.local._fragments import cut
+from heatopt.local._moments import moments_of
+from heatopt.local._outer import Outer, OuterFactory
+from heatopt.local._packing import Packed
+from heatopt.local._replicas import Replicas
+from heatopt.local._rules import keep_progress, mix, weigh_stale
+from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, Send, SyncPlan
+from heatopt.local._settings import LocalSettings
+from heatopt.local._subject import Subject
+from heatopt.sync import (
+    Call,
+    Coordinator,
+    Fingerprint,
+    OwnedOptions,
+    Row,
+    broadcast_tensors,
+    coordinator_of,
+    numeric_options,
+    options_hash,
+)
+
+__all__ = ["LocalEngine"]
+
+
+class LocalEngine:
+    """Averages the parameters of one optimizer over replicas, as plans say.
+
+    Args:
+        comm: all ranks.
+        subject: what is trained.
+        settings: what the user chose.
+        outer: makes the outer optimizer; None: plain averages.
+        within: the ranks of this rank's replica; None: this rank alone.
+        nested: the groups of ``GroupMean``, by level.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        subject: Subject,
+        settings: LocalSettings,
+        *,
+        outer: OuterFactory | None = None,
+        within: Communicator | None = None,
+        nested: Sequence[Communicator] = (),
+    ) -> None:
+        self.number = -1
+        self.plan_digest = 0
+        self.updates = 0
+        """Number of updates so far, skipped ones included."""
+        self.settings = settings
+        self._comm = comm
+        self._subject = subject
+        self._within = within
+        self._nested = nested
+        self._turns = 0  # averages begun so far
+        self._fragments = cut([p.numel() for p in subject.parameters()], settings.fragments)
+        needs_anchor = outer is not None or settings.wire_dtype is not None
+        self.outer = Outer(subject.groups, outer) if needs_anchor and comm.size > 1 else None
+        """The anchor; None where plain averages of values need none."""
+        self._anchored = False  # the anchor has been taken
+        self._flight: dict[int, deque[DelayedAverage]] = {}
+        self._coordinator: Coordinator | None = None
+        self._replicas: Replicas | None = None
+
+    # What the coordinator asks
+
+    def pending_mask(self) -> int:
+        return 0  # gradients are not this member's
+
+    def run_round(self, mask: int, divisor: int) -> None:
+        pass
+
+    def replan(self) -> None:
+        pass
+
+    def fingerprint(self) -> Fingerprint:
+        return self._subject.fingerprint(self.settings.printable(), self._outer_groups())
+
+    def options(self) -> list[OwnedOptions]:
+        groups = [OwnedOptions(f"outer group {n}", numeric_options(g)) for n, g in enumerate(self._outer_groups())]
+        return [OwnedOptions("the local updates", numeric_options(self._progress())), *groups]
+
+    def _outer_groups(self) -> list[dict[str, Any]]:
+        return [] if self.outer is None or self.outer.optimizer is None else self.outer.optimizer.param_groups
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "number of updates": self.updates,
+            "number of averages": self._turns,
+            "trained parameters": tuple(sorted(self._subject.trained)),
+        }
+
+    # Meetings
+
+    def attach(self) -> None:
+        """Meet the other ranks' engines, once. Collective."""
+        if self._comm.size == 1 or self._coordinator is not None:
+            return
+        self._coordinator = coordinator_of(self._comm)
+        self.plan_digest = self.fingerprint().digest()
+        self._set_timeout()
+        self._coordinator.construct(self, self._what(Call.CONSTRUCT))
+        self._replicas = Replicas(self._coordinator.channel, self._within)
+
+    def meet(self, call: Call, payload: float = 0.0) -> list[Row]:
+        """Return what all ranks announced once all are in ``call``; nothing if there is nobody to ask. Collective.
+
+        Raises:
+            RankMismatchError: ranks are in other calls, or have made other numbers of updates.
+        """
+        self.attach()
+        if self._coordinator is None:
+            return []
+        self._set_timeout()
+        options = options_hash([self._progress(), *self._outer_groups()])
+        return self._coordinator.meet(call, self, self._what(call), options, payload)
+
+    def _set_timeout(self) -> None:
+        assert self._coordinator is not None
+        self._coordinator.channel.timeout = self.settings.timeout or self._comm.timeout
+
+    def _what(self, call: Call) -> str:
+        return f"{call} of {self.settings.method} after update {self.updates}"
+
+    # Updates
+
+    def before_update(self) -> None:
+        """The parameters are about to change."""
+        if self._comm.size == 1:
+            return
+        self.attach()
+        self._subject.note_trained()
+        if self.outer is not None and not self._anchored:
+            self.outer.capture(self._subject.parameters())
+            self._anchored = True
+
+    @torch.no_grad()
+    def run(self, plan: SyncPlan) -> None:
+        """Carry out what follows an update. Collective, unless there is nothing but merges of averages sent."""
+        if not plan.actions or self._coordinator is None:
+            return
+        if plan.meets:
+            self.meet(Call.MERGE)
+        for action in plan.actions:
+            self._act(action)
+
+    def _act(self, action: Action) -> None:
+        if isinstance(action, Send):
+            self._send(action)
+        elif isinstance(action, Merge):
+            if flight := self._flight.get(action.fragment):
+                self._merge(flight.popleft())
+        elif isinstance(action, GroupMean):
+            self._average_over(self._nested[action.level], self._trained_parameters())
+        elif isinstance(action, MomentMean):
+            self._average_moments(action.order)
+
+    @torch.no_grad()
+    def synchronize(self, call: Call = Call.SYNCHRONIZE, payload: float = 0.0) -> list[Row]:
+        """Merge what is on its way and average all parameters, so that all ranks are equal. Collective.
+
+        Returns:
+            What all ranks announced with their call.
+        """
+        rows = self.meet(call, payload)
+        if self._coordinator is not None:
+            for _, flight in sorted(self._flight.items()):
+                while flight:
+                    self._merge(flight.popleft())
+            for fragment in range(self.settings.fragments):
+                self._act(Send(fragment, full=True))
+                self._act(Merge(fragment))
+        return rows
+
+    @property
+    def replicas(self) -> int:
+        """Number of replicas, as far as is known before the first update."""
+        return 1 if self._replicas is None else self._replicas.count
+
+    @property
+    def averages(self) -> int:
+        """Number of averages that have begun."""
+        return self._turns
+
+    def _send(self, action: Send) -> None:
+        assert self._replicas is not None
+        indices = self._subject.among(self._fragments[action.fragment])
+        kind = self._kind(action)
+        parameters = self._subject.parameters()
+        values = [parameters[index].detach() for index in indices]
+        keeps = action.delay > 0 and self.settings.merge == "delta"
+        parcel = Parcel(
+            fragment=action.fragment,
+            kind=kind,
+            indices=indices,
+            delay=action.delay,
+            turn=self._turns,
+            count=self._replicas.count,
+            sent=tuple(value.clone() for value in values) if keeps else None,
+        )
+        self._turns += 1
+        payload = self._deltas(indices, values) if kind is Kind.DELTA else values
+        average = DelayedAverage.begin(parcel, payload, self._replicas, self.settings.chunk)
+        self._flight.setdefault(action.fragment, deque()).append(average)
+
+    def _kind(self, action: Send) -> Kind:
+        if self.settings.merge == "daso" and action.delay:
+            return Kind.TOTAL
+        if action.full or self.outer is None or (self.outer.is_average and self.settings.wire_dtype is None):
+            return Kind.MEAN
+        return Kind.DELTA
+
+    def _deltas(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        assert self.outer is not None
+        wire = self.settings.wire_dtype
+        deltas = []
+        for index, value in zip(indices, values, strict=True):
+            delta = value - self.outer.anchors[index]
+            if wire is None or delta.is_complex() or delta.element_size() <= wire.itemsize:
+                deltas.append(delta)
+                continue
+            if index in self.outer.residuals:
+                delta = delta + self.outer.residuals[index]
+            rounded = delta.to(wire)
+            if self.settings.error_feedback:
+                self.outer.residuals[index] = delta - rounded
+            deltas.append(rounded)
+        return deltas
+
+    def _merge(self, average: DelayedAverage) -> None:
+        parcel = average.parcel
+        centers = average.wait()
+        if self.outer is not None:
+            if parcel.kind is Kind.DELTA:
+                self.outer.move(parcel.indices, centers)
+                centers = [self.outer.anchors[index] for index in parcel.indices]
+            else:
+                for index, center in zip(parcel.indices, centers, strict=True):
+                    mean = center / parcel.count if parcel.kind is Kind.TOTAL else center
+                    self.outer.anchors[index].copy_(mean)
+        parameters = self._subject.parameters()
+        for place, (index, center) in enumerate(zip(parcel.indices, centers, strict=True)):
+            parameter = parameters[index]
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            sent = None if parcel.sent is None else parcel.sent[place].to(wide)
+            parameter.copy_(self._merged(parcel, center.to(wide), parameter.detach().to(wide), sent))
+        if parcel.fragment == self.settings.fragments - 1:
+            self._average_buffers()
+
+    def _merged(
+        self, parcel: Parcel, center: torch.Tensor, now: torch.Tensor, sent: torch.Tensor | None
+    ) -> torch.Tensor:
+        if parcel.kind is Kind.TOTAL:
+            return weigh_stale(center, now, parcel.delay, parcel.count)
+        if parcel.delay == 0:
+            return center
+        return mix(center, now, self.settings.share) if sent is None else keep_progress(center, now, sent)
+
+    # Plain averages
+
+    def _trained_parameters(self) -> list[torch.Tensor]:
+        parameters = self._subject.parameters()
+        return [parameters[index].detach() for index in sorted(self._subject.trained)]
+
+    def _average_over(self, group: Communicator, tensors: list[torch.Tensor]) -> None:
+        packed = Packed(tensors, self.settings.chunk)
+        for chunk in packed.chunks:
+            group.allreduce(chunk, "mean")
+        for tensor, mean in zip(tensors, packed.unpack(), strict=True):
+            tensor.copy_(mean)
+
+    def _average_buffers(self) -> None:
+        assert self._coordinator is not None
+        buffers = self._subject.buffers()
+        means = [b for b in buffers if b.is_floating_point() or b.is_complex()]
+        self._average_over(self._coordinator.channel, means)
+        others = [b for b in buffers if not (b.is_floating_point() or b.is_complex())]
+        broadcast_tensors(self._coordinator.channel, others, 0, "broadcast of integer buffers")
+
+    def _average_moments(self, order: int) -> None:
+        assert self._coordinator is not None
+        channel = self._coordinator.channel
+        state, parameters = self._subject.optimizer.state, self._subject.parameters()
+        own = {
+            (index, name): value
+            for index, parameter in enumerate(parameters)
+            if parameter in state
+            for name, value in moments_of(state[parameter], order).items()
+        }
+        # A rank whose loss has not touched a parameter yet has no moments of it.
+        described = [(*key, tuple(value.shape), str(value.dtype)) for key, value in own.items()]
+        common = set.intersection(*map(set, channel.exchange_objects(described, "the moments of each rank")))
+        self._average_over(channel, [own[index, name] for index, name, *_ in sorted(common)])
+
+    # Changes
+
+    def extend(self, added: Sequence[torch.Tensor]) -> None:
+        """``added`` are a new group, at the end. Collective."""
+        first = len(self._subject.parameters()) - len(added)
+        self.attach()
+        self._fragments[-1] += range(first, first + len(added))
+        if self.outer is not None:
+            self.outer.add_group(self._subject.groups[-1])
+        if self._coordinator is None:
+            return
+        self.plan_digest = self.fingerprint().digest()
+        self.meet(Call.ADD_PARAM_GROUP)
+        broadcast_tensors(self._coordinator.channel, added, 0, "the broadcast of added parameters")
+        if self.outer is not None:
+            for anchor, parameter in zip(self.outer.anchors[first:], added, strict=True):
+                anchor.copy_(parameter.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on with the same bits, as plain objects and tensors.
+
+        Waits for what is on its way. Collective where a replica has several ranks.
+        """
+        outer = self.outer
+        anchored = outer is not None and self._anchored
+        return {
+            "ranks": self._comm.size,
+            "updates": self.updates,
+            "averages": self._turns,
+            "trained": sorted(self._subject.trained),
+            "anchors": [a.clone() for a in outer.anchors] if outer is not None and anchored else None,
+            "outer": outer.optimizer.state_dict() if outer is not None and outer.optimizer is not None else None,
+            "residuals": {index: r.clone() for index, r in outer.residuals.items()} if outer is not None else {},
+            "flight": [average.state_dict() for _, flight in sorted(self._flight.items()) for average in flight],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a state; None: begin anew from the parameters as they will be at the next update.
+
+        At another number of ranks each rank keeps the parameters that it has been given, residuals are dropped, and all
+        that is equal on all ranks (the anchor, the outer optimizer, averages on their way, counters) goes on.
+        """
+        for flight in self._flight.values():
+            for average in flight:
+                average.wait()  # its buffers are still in use
+        self._flight = {}
+        state = {"ranks": 0, "updates": 0, "averages": 0, "trained": [], **(state or {})}
+        self.updates, self._turns = state["updates"], state["averages"]
+        self._subject.trained = set(state["trained"])
+        parameters = self._subject.parameters()
+        for saved in state.get("flight", ()) if self._comm.size > 1 else ():
+            self._flight.setdefault(saved["fragment"], deque()).append(DelayedAverage.from_state(saved, parameters))
+        if self.outer is None:
+            return
+        self._anchored = state.get("anchors") is not None
+        self.outer.residuals = {}
+        if self._anchored:
+            self.outer.capture(state["anchors"])
+        if state["ranks"] == self._comm.size:
+            devices = [anchor.device for anchor in self.outer.anchors]
+            self.outer.residuals = {i: r.to(devices[i], copy=True) for i, r in state["residuals"].items()}
+        if self.outer.optimizer is not None and state.get("outer") is not None:
+            self.outer.optimizer.load_state_dict(state["outer"])

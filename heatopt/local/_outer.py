@@ -1,0 +1,133 @@
+"""The anchor: parameters that are equal on all ranks, and the optimizer that moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["CO2Momentum", "Outer", "OuterFactory", "SlowMomentum"]
+
+Groups = list[dict[str, Any]]
+OuterFactory = Callable[[Groups], torch.optim.Optimizer]
+
+
+class SlowMomentum(torch.optim.Optimizer):
+    """SlowMo's outer update of x with gradient g (the difference that H local updates made, negated).
+
+    ``u = beta u + g / gamma;  x = x - alpha gamma u``
+
+    Group options: ``lr`` (alpha), ``momentum`` (beta) and ``inner_lr`` (gamma), the inner learning rate at the time.
+    """
+
+    def __init__(self, params: Any, lr: float = 1.0, momentum: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "inner_lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        for group in self.param_groups:
+            gamma = float(group["inner_lr"])
+            for parameter in group["params"]:
+                # With gamma 0 nothing was learnt, and there is no scale for the momentum.
+                if parameter.grad is None or gamma == 0:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad / gamma)
+                parameter.sub_(velocity, alpha=float(group["lr"]) * gamma)
+
+
+class CO2Momentum(torch.optim.Optimizer):
+    """CO2's outer update of x with gradient g: ``u = clip(beta u + g / gap);  x = x - alpha u``.
+
+    Group options: ``lr`` (alpha), ``momentum`` (beta), ``gap`` and ``clip`` (largest absolute value of u, or None).
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1.0, momentum: float = 0.2, gap: float = 1.0, clip: float | None = None
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "gap": gap, "clip": clip})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(parameter.grad / group["gap"])
+                if group["clip"] is not None:
+                    limit = float(group["clip"])
+                    real = torch.view_as_real(velocity) if velocity.is_complex() else velocity
+                    real.clamp_(-limit, limit)
+                parameter.sub_(velocity, alpha=float(group["lr"]))
+
+
+class Outer:
+    """The anchors of all parameters of an optimizer, at least in single precision, and what moves them.
+
+    Args:
+        groups: the optimizer's parameter groups; there is one group of anchors for each.
+        factory: makes the outer optimizer for the groups of anchors; None: an anchor becomes the average.
+    """
+
+    def __init__(self, groups: Groups, factory: OuterFactory | None) -> None:
+        self.anchors: list[torch.Tensor] = []
+        """One for each parameter."""
+        self.residuals: dict[int, torch.Tensor] = {}
+        """What rounding has kept back so far, by index of the parameter."""
+        mirrored = [{"params": self._anchors_of(group)} for group in groups]
+        self.optimizer = None if factory is None else factory(mirrored)
+        """The outer optimizer; its parameters are the anchors."""
+
+    def _anchors_of(self, group: dict[str, Any]) -> list[torch.Tensor]:
+        made = [anchor_of(parameter) for parameter in group["params"]]
+        self.anchors += made
+        return made
+
+    def add_group(self, group: dict[str, Any]) -> None:
+        """Parameters were added to the optimizer."""
+        anchors = self._anchors_of(group)
+        if self.optimizer is not None:
+            self.optimizer.add_param_group({"params": anchors})
+
+    @property
+    def is_average(self) -> bool:
+        """True if an anchor becomes the average itself: SGD with learning rate 1 does nothing else."""
+        return self.optimizer is None or (
+            type(self.optimizer) is torch.optim.SGD and all(_is_plain(group) for group in self.optimizer.param_groups)
+        )
+
+    @torch.no_grad()
+    def capture(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Take the parameters, which are equal on all ranks, as anchors."""
+        for anchor, parameter in zip(self.anchors, parameters, strict=True):
+            anchor.copy_(parameter)
+
+    def move(self, indices: Sequence[int], deltas: Sequence[torch.Tensor]) -> None:
+        """Update the anchors with the mean differences of the replicas from them."""
+        if self.is_average or self.optimizer is None:
+            for index, delta in zip(indices, deltas, strict=True):
+                self.anchors[index].add_(delta)
+            return
+        for index, delta in zip(indices, deltas, strict=True):
+            self.anchors[index].grad = -delta.to(self.anchors[index].dtype)
+        self.optimizer.step()
+        for index in indices:
+            self.anchors[index].grad = None  # an anchor without a gradient keeps its place at the next step
+
+
+def anchor_of(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy in which small differences are not lost."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True).contiguous()
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    idle = ("momentum", "weight_decay", "dampening")
+    return float(group["lr"]) == 1 and not any(group.get(name) for name in idle) and not group.get("maximize")

@@ -1,0 +1,369 @@
+"""Local-update methods with fixed periods: each is a setting of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from heatopt.comm import Communicator
+from heatopt.local import CO2Momentum, OuterFactory, PeriodicSchedule, SlowMomentum, SyncPlan
+from heatopt.optim._local import LocalOptimizer
+from heatopt.optim._local_arguments import (
+    Nested,
+    check_choices,
+    check_integer,
+    check_moments,
+    check_nested,
+    check_number,
+    check_place,
+    check_wire,
+    make_settings,
+    within_name,
+)
+
+__all__ = ["CO2", "DiLoCo", "LocalSGD", "PeriodicOptimizer", "SlowMo"]
+
+
+class PeriodicOptimizer(LocalOptimizer):
+    """Base of the methods with fixed periods."""
+
+    def _start(
+        self,
+        torch_optimizer: object,
+        outer: OuterFactory | None,
+        choices: dict[str, Any],
+        nested: Nested = (),
+        **periods: Any,
+    ) -> None:
+        """Check what the methods share, and construct. ``choices`` are the arguments that they have in common."""
+        common = {name: choices[name] for name in ("model", "comm", "shard", "timeout", "within")}
+        optimizer, shard, timeout = check_choices(torch_optimizer, **common)
+        check_wire(choices["wire_dtype"], choices["error_feedback"])
+        schedule = PeriodicSchedule(
+            check_integer("sync_every", choices["sync_every"], 1),
+            warmup_steps=check_integer("warmup_steps", choices.get("warmup_steps", 0), 0),
+            moments=check_moments(choices["average_moments"], shard),
+            nested=check_nested(nested, choices["sync_every"]),
+            **periods,
+        )
+        merge, share = _merging(choices.get("mix", 0.0))
+        settings = make_settings(
+            self,
+            optimizer,
+            schedule,
+            fragments=schedule.fragments,
+            merge=merge,
+            share=share,
+            wire_dtype=choices["wire_dtype"],
+            error_feedback=choices["error_feedback"],
+            within=within_name(choices["within"]),
+            shard=shard,
+            timeout=timeout,
+        )
+        place = check_place(choices["comm"], choices["model"], choices["within"], nested)
+        self._construct(optimizer, place, settings, outer)
+
+    def _plan(self) -> SyncPlan:
+        schedule: PeriodicSchedule = self._settings.periods
+        return schedule.plan(self._engine.updates + 1)
+
+
+def _merging(mix: object) -> tuple[str, float]:
+    if isinstance(mix, str):
+        if mix != "delta":
+            raise ValueError(f"mix must be 'delta' or a number from 0 to 1, got {mix!r}")
+        return "delta", 0.0
+    return "mix", check_number("mix", mix, 0, 1)
+
+
+def _check_delay(delay: object, sync_every: object) -> int:
+    delay = check_integer("delay", delay, 0)
+    if delay > check_integer("sync_every", sync_every, 1):
+        raise ValueError(f"delay must be at most sync_every ({sync_every}), got {delay}")
+    return delay
+
+
+def _check_outer(outer: object) -> None:
+    if outer is not None and (not callable(outer) or isinstance(outer, torch.optim.Optimizer)):
+        raise TypeError(
+            "outer must make an optimizer of the parameters that it is given, such as "
+            f"lambda params: torch.optim.SGD(params, lr=0.7), got {outer!r}"
+        )
+
+
+class LocalSGD(PeriodicOptimizer):
+    r"""Train each rank alone, and average the parameters every ``sync_every`` updates.
+
+    .. math:: x_i \leftarrow \text{step}(x_i, g_i); \qquad \text{every } H: \; x_i \leftarrow \frac1P \sum_j x_j
+
+    Local SGD (Stich, arXiv 1805.09767), for any algorithm. With ``warmup_steps`` it is post-local SGD (Lin et al.,
+    arXiv 1808.07217): gradients are averaged over all ranks until then, exactly. With ``nested`` it is hierarchical SGD
+    (arXiv 2010.12998). With ``average_moments`` the optimizer's moments are averaged too, less often (DES-LOC,
+    arXiv 2505.22549). With ``delay`` the averages travel while training goes on (DaSGD, arXiv 2006.00441); what is done
+    meanwhile is kept: :math:`x_i \leftarrow \bar x^{(t-\tau)} + (x_i - x_i^{(t-\tau)})`.
+
+    Construction is collective and makes all ranks equal to rank 0. ``step``, ``state_dict``, ``load_state_dict`` and
+    ``add_param_group`` are collective. With one process the wrapped optimizer's step is all that happens.
+
+    Args:
+        torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
+        model: the module that the parameters belong to. Its floating buffers are averaged with the parameters, others
+            are taken from rank 0.
+        comm: the ranks; default :func:`heatopt.world`.
+        sync_every: H, updates between two averages.
+        warmup_steps: updates with exactly averaged gradients before the first period.
+        delay: updates between sending and merging, at most ``sync_every``; 0: wait for the average.
+        outer: makes an optimizer of the parameters that all ranks share, which gets the negative mean of what the ranks
+            have done as its gradient; None: the mean is taken as it is, as with SGD of learning rate 1.
+        nested: groups that average more often: pairs of a communicator, or "node", and a period. Periods ascend and
+            divide each other and ``sync_every``.
+        within: the ranks that average their gradients at each update and so count as one: None: no others; "node"; or
+            a communicator.
+        average_moments: periods of first and second moments, in units of ``sync_every``; (3, 6) is recommended there.
+        wire_dtype: what changes since the last average are rounded to on the network; sums are in single precision.
+        error_feedback: add what was rounded away to the next change.
+        shard: as in :class:`DataParallelOptimizer`, among the ranks that average gradients.
+        timeout: seconds; as in :class:`DataParallelOptimizer`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument out of range, or a parameter that another wrapper has.
+        RankMismatchError: on all ranks, if their optimizers or settings differ; names the first difference.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = LocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), model=model, sync_every=8)
+        >>> model(torch.ones(8, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        torch_optimizer: torch.optim.Optimizer,
+        *,
+        model: torch.nn.Module | None = None,
+        comm: Communicator | None = None,
+        sync_every: int = 8,
+        warmup_steps: int = 0,
+        delay: int = 0,
+        outer: OuterFactory | None = None,
+        nested: Nested = (),
+        within: Communicator | str | None = None,
+        average_moments: tuple[int, int] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
+        shard: str = "none",
+        timeout: float | None = None,
+    ) -> None:
+        choices = {name: value for name, value in locals().items() if name != "self"}
+        _check_outer(outer)
+        delay = _check_delay(delay, sync_every)
+        self._start(torch_optimizer, outer, choices | {"mix": "delta"}, nested, delay=delay)
+
+
+class SlowMo(PeriodicOptimizer):
+    r"""Local SGD with a slow momentum: Wang et al., ICLR 2020, arXiv 1910.00643.
+
+    Every ``sync_every`` updates, with :math:`\gamma` the learning rate of the wrapped optimizer at the time:
+
+    .. math::
+        u \leftarrow \beta u + \frac{x_{prev} - \bar x}{\gamma}, \qquad
+        x_{prev} \leftarrow x_{prev} - \alpha \gamma u, \qquad x_i \leftarrow x_{prev}
+
+    Arguments that are not explained here are those of :class:`LocalSGD`. Memory: two copies of the parameters more.
+
+    Args:
+        torch_optimizer: any :class:`torch.optim.Optimizer` whose groups have a learning rate.
+        model: as there.
+        comm: as there.
+        sync_every: H.
+        slow_lr: :math:`\alpha`.
+        slow_momentum: :math:`\beta`, 0 <= beta < 1; more ranks bear more of it.
+        warmup_steps: as there.
+        within: as there.
+        average_moments: as there.
+        wire_dtype: as there.
+        error_feedback: as there.
+        shard: as there.
+        timeout: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+        RankMismatchError: as there.
+    """
+
+    def __init__(
+        self,
+        torch_optimizer: torch.optim.Optimizer,
+        *,
+        model: torch.nn.Module | None = None,
+        comm: Communicator | None = None,
+        sync_every: int = 48,
+        slow_lr: float = 1.0,
+        slow_momentum: float = 0.5,
+        warmup_steps: int = 0,
+        within: Communicator | str | None = None,
+        average_moments: tuple[int, int] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
+        shard: str = "none",
+        timeout: float | None = None,
+    ) -> None:
+        choices = {name: value for name, value in locals().items() if name != "self"}
+        rate = check_number("slow_lr", slow_lr, 0, open_low=True)
+        momentum = _check_momentum("slow_momentum", slow_momentum)
+        self._start(torch_optimizer, partial(SlowMomentum, lr=rate, momentum=momentum), choices)
+
+    def _after_update(self, plan: SyncPlan) -> None:
+        if self.outer is not None:
+            for anchors, group in zip(self.outer.param_groups, self.param_groups, strict=True):
+                anchors["inner_lr"] = float(group["lr"])
+        super()._after_update(plan)
+
+
+class DiLoCo(PeriodicOptimizer):
+    r"""Many local updates, then one of Nesterov's: Douillard et al., arXiv 2311.08105.
+
+    .. math::
+        \Delta = \frac1P \sum_i (\theta - \theta_i), \quad M \leftarrow \mu M + \Delta, \quad
+        \theta \leftarrow \theta - \nu (\Delta + \mu M), \quad \theta_i \leftarrow \theta
+
+    With ``fragments`` and ``delay`` it is Streaming DiLoCo (arXiv 2501.18512): each fragment is sent once per period,
+    at even distances, and merged ``delay`` updates later as
+    :math:`\theta_i \leftarrow (1 - \alpha) \theta + \alpha \theta_i`. With ``torch.optim.Muon`` inside it is MuLoCo
+    (arXiv 2505.23725). The wrapped optimizer's state stays on its rank. Arguments that are not explained here are those
+    of :class:`LocalSGD`. Memory: two copies of the parameters more.
+
+    Args:
+        torch_optimizer: any :class:`torch.optim.Optimizer`; the papers use AdamW and Muon.
+        model: as there.
+        comm: as there.
+        sync_every: H.
+        outer_lr: :math:`\nu`.
+        outer_momentum: :math:`\mu`, 0 <= mu < 1; Nesterov's where it is not 0.
+        outer: another outer optimizer, as there; then ``outer_lr`` and ``outer_momentum`` have no meaning.
+        fragments: parts of the model that are sent in turn, at most one for each parameter and update of a period.
+        delay: as there.
+        mix: :math:`\alpha`, the share of the local parameters in a delayed merge; or "delta", which keeps all that was
+            done since the sending.
+        warmup_steps: as there.
+        within: as there.
+        average_moments: as there.
+        wire_dtype: as there.
+        error_feedback: as there.
+        shard: as there.
+        timeout: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+        RankMismatchError: as there.
+    """
+
+    def __init__(
+        self,
+        torch_optimizer: torch.optim.Optimizer,
+        *,
+        model: torch.nn.Module | None = None,
+        comm: Communicator | None = None,
+        sync_every: int = 50,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        outer: OuterFactory | None = None,
+        fragments: int = 1,
+        delay: int = 0,
+        mix: float | str = 0.5,
+        warmup_steps: int = 0,
+        within: Communicator | str | None = None,
+        average_moments: tuple[int, int] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
+        shard: str = "none",
+        timeout: float | None = None,
+    ) -> None:
+        choices = {name: value for name, value in locals().items() if name != "self"}
+        _check_outer(outer)
+        rate = check_number("outer_lr", outer_lr, 0, open_low=True)
+        momentum = _check_momentum("outer_momentum", outer_momentum)
+        delay = _check_delay(delay, sync_every)
+        most = sync_every
+        if isinstance(torch_optimizer, torch.optim.Optimizer):
+            most = min(most, sum(len(group["params"]) for group in torch_optimizer.param_groups))
+        if check_integer("fragments", fragments, 1) > most:
+            raise ValueError(f"fragments must be at most sync_every and the number of parameters ({most} here)")
+        nesterov = partial(torch.optim.SGD, lr=rate, momentum=momentum, nesterov=momentum > 0)
+        self._start(torch_optimizer, outer or nesterov, choices, delay=delay, fragments=fragments)
+
+
+class CO2(PeriodicOptimizer):
+    r"""Local updates with averages that take a whole period to arrive: Sun et al., ICLR 2024, arXiv 2401.16265.
+
+    After period t each rank sends how far its ``sync_every`` updates have brought it, and uses what all ranks had sent
+    after the period before:
+
+    .. math::
+        u \leftarrow \text{clip}\Big(\beta u + \frac{1}{\Lambda} \frac1P \sum_i (x_{t-1,0} - x^{(i)}_{t-1,H})\Big),
+        \qquad x_{t+1,0} = x_{t,0} - \alpha u
+
+    Arguments that are not explained here are those of :class:`LocalSGD`. Memory: three copies of the parameters more.
+
+    Args:
+        torch_optimizer: any :class:`torch.optim.Optimizer`.
+        model: as there.
+        comm: as there.
+        sync_every: H.
+        outer_lr: :math:`\alpha`.
+        outer_momentum: :math:`\beta`, 0 <= beta < 1.
+        gap: :math:`\Lambda`, the penalty of staleness, a constant.
+        clip: largest absolute value of an element of u; None: no limit.
+        within: as there.
+        average_moments: as there.
+        wire_dtype: as there.
+        error_feedback: as there.
+        shard: as there.
+        timeout: as there.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+        RankMismatchError: as there.
+    """
+
+    def __init__(
+        self,
+        torch_optimizer: torch.optim.Optimizer,
+        *,
+        model: torch.nn.Module | None = None,
+        comm: Communicator | None = None,
+        sync_every: int = 48,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.2,
+        gap: float = 1.0,
+        clip: float | None = None,
+        within: Communicator | str | None = None,
+        average_moments: tuple[int, int] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
+        shard: str = "none",
+        timeout: float | None = None,
+    ) -> None:
+        choices = {name: value for name, value in locals().items() if name != "self"}
+        make: Callable[..., torch.optim.Optimizer] = partial(
+            CO2Momentum,
+            lr=check_number("outer_lr", outer_lr, 0, open_low=True),
+            momentum=_check_momentum("outer_momentum", outer_momentum),
+            gap=check_number("gap", gap, 0, open_low=True),
+            clip=None if clip is None else check_number("clip", clip, 0, open_low=True),
+        )
+        self._start(torch_optimizer, make, choices, delay=sync_every, send_first=True)
+
+
+def _check_momentum(name: str, value: object) -> float:
+    momentum = check_number(name, value, 0, 1)
+    if momentum == 1:
+        raise ValueError(f"{name} must be a number >= 0 and < 1, got {value!r}")
+    return momentum

@@ -1,0 +1,118 @@
+"""What makes a wrapper a torch optimizer: the wrapped one's own objects, and torch's hooks around its calls."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from heatopt.optim._closures import Closure
+from heatopt.sync import outside_graphs
+
+__all__ = ["OptimizerWrapper"]
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """A :class:`torch.optim.Optimizer` whose groups, state and defaults are those of ``torch_optimizer``.
+
+    torch's own constructor is not called: it would add the parameter groups again. A subclass sets ``torch_optimizer``
+    and calls :meth:`_prepare_hooks`.
+    """
+
+    torch_optimizer: torch.optim.Optimizer
+
+    def _prepare_hooks(self) -> None:
+        super().__setstate__({})  # hooks' dictionaries and torch's profiling
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups, the very list."""
+        return self.torch_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.torch_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state, the very dictionary."""
+        return self.torch_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.torch_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults, the very dictionary."""
+        return self.torch_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.torch_optimizer.defaults = value
+
+    @abstractmethod
+    def _update(self, *arguments: Any, **keywords: Any) -> Any:
+        """What a step does between its hooks."""
+
+    @abstractmethod
+    def _collect_state(self) -> dict[str, Any]:
+        """What state_dict() gives, between its hooks."""
+
+    @abstractmethod
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        """What load_state_dict() does between its hooks, with a dictionary that is the caller's."""
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update the parameters, and average as the method says. Collective.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss.
+
+        Returns:
+            What the wrapped optimizer returns.
+        """
+        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        keywords: dict[str, Any] = {}
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            changed = pre_hook(self, arguments, keywords)
+            if changed is not None:
+                arguments, keywords = changed
+        result = self._update(*arguments[1:], **keywords)
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, arguments, keywords)
+        return result
+
+    # torch would wrap `step` with its profiling and its global hooks, which the wrapped optimizer's step runs already.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @outside_graphs
+    def state_dict(self) -> dict[str, Any]:
+        """The state as the plain torch optimizer gives it, and the method's own beside. Collective."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self._collect_state()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    @outside_graphs
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Collective."""
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._take_state(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getattr__(self, name: str) -> Any:
+        # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.
+        inner = self.__dict__.get("torch_optimizer")
+        hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
