@@ -46,7 +46,9 @@ class GradScaler(torch.amp.GradScaler):
         found_inf: torch.Tensor,
         allow_fp16: bool,
     ) -> dict[torch.device, torch.Tensor]:
-        if not isinstance(optimizer, (DataParallelOptimizer, LocalOptimizer)):
+        if isinstance(optimizer, LocalOptimizer):
+            optimizer = optimizer.stepper
+        if not isinstance(optimizer, DataParallelOptimizer):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         optimizer.unscale_agreed(0.0)  # gradients must be final before they are scaled
         holders: Any = SimpleNamespace(param_groups=[{"params": optimizer.gradient_holders()}])

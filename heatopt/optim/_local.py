@@ -104,6 +104,11 @@ class LocalOptimizer(OptimizerWrapper):
     # Training
 
     @property
+    def stepper(self) -> torch.optim.Optimizer:
+        """Who makes the next update: the wrapped optimizer, or one that averages gradients within a group."""
+        return self._stepper
+
+    @property
     def outer(self) -> torch.optim.Optimizer | None:
         """The outer optimizer; its options may be scheduled, alike on all ranks. None where there is none."""
         return None if self._engine.outer is None else self._engine.outer.optimizer
@@ -188,12 +193,6 @@ class LocalOptimizer(OptimizerWrapper):
         if isinstance(self._stepper, DataParallelOptimizer):
             return self._stepper.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
         return clip_gradients(self._parameters(), float(max_norm), float(norm_type), error_if_nonfinite)
-
-    def unscale_agreed(self, found_inf: float) -> float:
-        """Make gradients final and return the largest ``found_inf`` of the replica. For GradScaler."""
-        if isinstance(self._stepper, DataParallelOptimizer):
-            return self._stepper.unscale_agreed(found_inf)
-        return found_inf
 
     def set_model(self, model: torch.nn.Module) -> None:
         """Name the module whose floating buffers are averaged. Do so on all ranks, with the same module."""

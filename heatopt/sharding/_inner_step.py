@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,18 @@ class HookedStep:
 
     Args:
         optimizer: whose step it stands for.
-        step: is called with the optimizer and the arguments.
+        step: is called with the optimizer and the arguments: a method of the object that keeps this one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[..., Any]) -> None:
         self._optimizer = optimizer
-        self._hooked_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(step)
+        # Whoever keeps this object would otherwise be part of a cycle, and outlive its last user.
+        method: Any = weakref.WeakMethod(step)
+
+        def call(optimizer: torch.optim.Optimizer, *arguments: Any, **keywords: Any) -> Any:
+            return method()(optimizer, *arguments, **keywords)
+
+        self._hooked_step: Callable[..., Any] = torch.optim.Optimizer.profile_hook_step(call)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         optimizer: Any = self._optimizer
