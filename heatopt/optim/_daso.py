@@ -15,7 +15,6 @@ from heatopt.optim._local_arguments import (
     check_integer,
     check_number,
     check_place,
-    check_wire,
     make_settings,
 )
 from heatopt.sync import Call, outside_graphs
@@ -103,9 +102,7 @@ class DASO(LocalOptimizer):
             skip_reduction_factor=check_integer("skip_reduction_factor", skip_reduction_factor, 1),
             local_skip_factor=check_integer("local_skip_factor", local_skip_factor, 1),
         )
-        if downcast_type is None:
-            raise TypeError("downcast_type must be torch.bfloat16, torch.half or torch.float, got None")
-        check_wire(downcast_type, False)
+        _check_downcast(downcast_type)
         for name, flag in (("use_mpi_groups", use_mpi_groups), ("verbose", verbose)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, got {flag!r}")
@@ -197,9 +194,14 @@ class DASO(LocalOptimizer):
         result = super()._update(*arguments, **keywords)
         if self._comm.size == 1:
             self.current_batch += 1
-        if self.scheduler is not None and not _takes_metric(self.scheduler):
-            self.scheduler.step()
+            self._step_scheduler()
         return result
+
+    def _step_scheduler(self) -> None:
+        """Also after an update that was skipped, which other ranks may have made: learning rates stay equal."""
+        if self.scheduler is not None and not _takes_metric(self.scheduler):
+            self.torch_optimizer._opt_called = True  # type: ignore[attr-defined] # or the scheduler warns
+            self.scheduler.step()
 
     def _plan(self) -> SyncPlan:
         return self._cycle.plan(self.current_batch, self.last_batch)
@@ -210,6 +212,7 @@ class DASO(LocalOptimizer):
         super()._after_update(plan)
         if ends:
             self._equal_after = self._engine.updates
+        self._step_scheduler()
 
     @outside_graphs
     def epoch_loss_logic(self, loss: torch.Tensor | float, loss_globally_averaged: bool = False) -> None:
@@ -224,7 +227,7 @@ class DASO(LocalOptimizer):
         """
         if not isinstance(loss_globally_averaged, bool):
             raise TypeError(f"loss_globally_averaged must be True or False, got {loss_globally_averaged!r}")
-        number = float(loss)
+        number = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         # All decisions are made from what the header has shown to all ranks.
         if self._equal_after == self._engine.updates:
             rows = self._engine.meet(Call.EPOCH, number)
@@ -279,6 +282,14 @@ class DASO(LocalOptimizer):
     def _restore(self, state: dict[str, Any], place: Any) -> None:
         self._begin(state["settings"].periods)
         super()._restore(state, place)
+
+
+def _check_downcast(downcast_type: object) -> None:
+    allowed = "downcast_type must be torch.bfloat16, torch.half or torch.float"
+    if not isinstance(downcast_type, torch.dtype):
+        raise TypeError(f"{allowed}, got {downcast_type!r}")
+    if downcast_type not in (torch.bfloat16, torch.half, torch.float):
+        raise ValueError(f"{allowed}, got {downcast_type}")
 
 
 def _takes_metric(scheduler: object) -> bool:
