@@ -37,6 +37,12 @@ TOPOLOGIES = [(1, 1), (2, 2), (2, 1), (4, 1), (4, 2), (3, 2), (5, 3), (5, 2)]
 topologies = pytest.mark.parametrize(("size", "per_node"), TOPOLOGIES)
 
 
+@pytest.fixture(autouse=True)
+def nodes_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests say themselves which ranks share a node."""
+    monkeypatch.delenv("HEATOPT_RANKS_PER_NODE", raising=False)
+
+
 def world(size: int, per_node: int) -> ThreadWorld:
     return ThreadWorld(size, timeout=20.0, ranks_per_node=per_node)
 
