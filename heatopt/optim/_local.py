@@ -18,7 +18,7 @@ from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._data_parallel import DataParallelOptimizer
 from heatopt.optim._ownership import claim, refuse_owned, release
 from heatopt.optim._wrapper import OptimizerWrapper
-from heatopt.sync import outside_graphs, start_equal
+from heatopt.sync import GradientShards, outside_graphs, start_equal
 
 __all__ = ["LocalOptimizer", "Place"]
 
@@ -192,7 +192,8 @@ class LocalOptimizer(OptimizerWrapper):
         """
         if isinstance(self._stepper, DataParallelOptimizer):
             return self._stepper.clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
-        return clip_gradients(self._parameters(), float(max_norm), float(norm_type), error_if_nonfinite)
+        whole = GradientShards()
+        return clip_gradients(self._parameters(), whole, float(max_norm), float(norm_type), error_if_nonfinite)
 
     def set_model(self, model: torch.nn.Module) -> None:
         """Name the module whose floating buffers are averaged. Do so on all ranks, with the same module."""
