@@ -318,7 +318,8 @@ class CO2(PeriodicOptimizer):
         sync_every: H.
         outer_lr: :math:`\alpha`.
         outer_momentum: :math:`\beta`, 0 <= beta < 1.
-        gap: :math:`\Lambda`, the penalty of staleness, a constant.
+        gap: :math:`\Lambda`, the penalty of staleness, a constant. With 1 a period that comes close to an optimum is
+            taken twice, once late; the default damps that.
         clip: largest absolute value of an element of u; None: no limit.
         within: as there.
         average_moments: as there.
@@ -342,7 +343,7 @@ class CO2(PeriodicOptimizer):
         sync_every: int = 48,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.2,
-        gap: float = 1.0,
+        gap: float = 2.0,
         clip: float | None = None,
         within: Communicator | str | None = None,
         average_moments: tuple[int, int] | None = None,

@@ -243,6 +243,22 @@ def test_delayed_average_keeps_what_was_done_since(ranks: Ranks, make: Make) -> 
     compare(found, expected)
 
 
+@pytest.mark.parametrize("method", [heatopt.LocalSGD, heatopt.SlowMo, heatopt.DiLoCo, heatopt.CO2])
+def test_defaults_find_the_optimum(ranks: Ranks, method: Method) -> None:
+    """Each period alone reaches this rank's optimum; all together must settle in the middle of these."""
+
+    def body(comm: Communicator) -> float:
+        weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        optimizer = method(torch.optim.SGD([weight], lr=0.1), comm=comm)
+        for _ in range(4800):
+            weight.grad = 2 * (weight.detach() - comm.rank)
+            optimizer.step()
+        optimizer.synchronize()  # type: ignore[attr-defined]
+        return weight.item()
+
+    assert ranks(body, min_size=2) == pytest.approx([(ranks.size - 1) / 2] * ranks.size, abs=0.01)
+
+
 def test_muon_inside(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         model = nn.Linear(4, 3, bias=False, dtype=torch.float64)
