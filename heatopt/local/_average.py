@@ -35,6 +35,8 @@ class Parcel:
     indices: tuple[int, ...]
     """Of the parameters."""
     delay: int
+    due: int
+    """Number of the update after which it is merged."""
     turn: int
     """Number of the average, which chooses the delegates."""
     count: int
@@ -92,6 +94,7 @@ class DelayedAverage:
             "kind": parcel.kind.value,
             "indices": list(parcel.indices),
             "delay": parcel.delay,
+            "due": parcel.due,
             "turn": parcel.turn,
             "count": parcel.count,
             "sent": None if parcel.sent is None else [tensor.clone() for tensor in parcel.sent],
@@ -111,6 +114,7 @@ class DelayedAverage:
             Kind(state["kind"]),
             tuple(state["indices"]),
             state["delay"],
+            state["due"],
             state["turn"],
             state["count"],
             None if state["sent"] is None else tuple(restored(state["sent"])),

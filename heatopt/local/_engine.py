@@ -149,14 +149,14 @@ class LocalEngine:
 
     # Updates
 
-    def before_update(self) -> None:
+    def before_update(self, plan: SyncPlan) -> None:
         """The parameters are about to change."""
         if self._comm.size == 1:
             return
         self.attach()
         self._subject.note_trained()
-        if self.outer is not None and not self._anchored:
-            self.outer.capture(self._subject.parameters())
+        if self.outer is not None and not self._anchored and not plan.exact:
+            self.outer.capture(self._subject.parameters())  # equal on all ranks, as they are until ranks train alone
             self._anchored = True
 
     @torch.no_grad()
@@ -173,7 +173,8 @@ class LocalEngine:
         if isinstance(action, Send):
             self._send(action)
         elif isinstance(action, Merge):
-            if flight := self._flight.get(action.fragment):
+            flight = self._flight.get(action.fragment)
+            if flight and flight[0].parcel.due <= self.updates:  # synchronize() may have merged it already
                 self._merge(flight.popleft())
         elif isinstance(action, GroupMean):
             self._average_over(self._nested[action.level], self._trained_parameters())
@@ -219,6 +220,7 @@ class LocalEngine:
             kind=kind,
             indices=indices,
             delay=action.delay,
+            due=self.updates + action.delay,
             turn=self._turns,
             count=self._replicas.count,
             sent=tuple(value.clone() for value in values) if keeps else None,
@@ -240,7 +242,9 @@ class LocalEngine:
         wire = self.settings.wire_dtype
         deltas = []
         for index, value in zip(indices, values, strict=True):
-            delta = value - self.outer.anchors[index]
+            anchor = self.outer.anchors[index]
+            # A replica began from the anchor as its parameters' dtype can hold it.
+            delta = value.to(anchor.dtype) - anchor.to(value.dtype).to(anchor.dtype)
             if wire is None or delta.is_complex() or delta.element_size() <= wire.itemsize:
                 deltas.append(delta)
                 continue

@@ -117,8 +117,8 @@ class LocalOptimizer(OptimizerWrapper):
         if self._comm.size == 1:
             self._engine.updates += 1
             return self.torch_optimizer.step(*arguments, **keywords)
-        self._engine.before_update()
         plan = self._plan()
+        self._engine.before_update(plan)
         result = self._stepper.step(*arguments, **keywords)
         self._after_update(plan)
         return result
@@ -129,8 +129,9 @@ class LocalOptimizer(OptimizerWrapper):
 
         Averages stay in step with the other ranks, which may not have had an overflow.
         """
-        self._engine.before_update()
-        self._after_update(self._plan())
+        plan = self._plan()
+        self._engine.before_update(plan)
+        self._after_update(plan)
 
     @outside_graphs
     def _after_update(self, plan: SyncPlan) -> None:
