@@ -118,6 +118,26 @@ def test_scheduled_training_equals_one_process(ranks: Ranks, name: str, how: str
     ranks(body)
 
 
+@pytest.mark.parametrize("method", [heatopt.LocalSGD, heatopt.SlowMo, heatopt.DiLoCo, heatopt.CO2])
+def test_local_updates_follow_the_schedule(ranks: Ranks, method: Any) -> None:
+    """As if the options had been set by hand before each update, averages and outer steps between them or not."""
+
+    def body(comm: Communicator) -> None:
+        model, other = net(), net()
+        optimizer, by_hand = (method(adamw(m), model=m, comm=comm, sync_every=3) for m in (model, other))
+        found = run(scheduled(optimizer), model, lambda step: batch(step, comm.rank))
+        expected = [expected_options(RATES["cosine"], n) for n in range(8)]
+        assert found == expected
+        for step, options in enumerate(expected[:-1]):
+            for group, (rate, decay, betas) in zip(by_hand.param_groups, options, strict=True):
+                group.update(lr=rate, weight_decay=decay, betas=betas)
+            train(by_hand, other, [batch(step, comm.rank)])
+        assert_equal(model, other)
+        assert_equal(optimizer.state_dict()["state"], by_hand.state_dict()["state"])
+
+    ranks(body)
+
+
 @pytest.mark.parametrize("how", ["sharded", "fused"])
 def test_sharded_and_fused_have_the_same_bits(ranks: Ranks, how: str) -> None:
     def body(comm: Communicator) -> None:
