@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heatopt.buckets._bucket import SMALL_BYTES, Bucket, GradientBucket, covers_its_memory
+from heatopt.buckets._bucket import SMALL_BYTES, Bucket, GradientBucket, covers_its_memory, find_overlaps
 from heatopt.buckets._layout import BucketPlan, ParameterSpec, Piece, Slot, gradient_dtype, plan_buckets
 from heatopt.buckets._scattered import RowPlan, ScatteredBucket, plan_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "ScatteredBucket",
     "Slot",
     "covers_its_memory",
+    "find_overlaps",
     "gradient_dtype",
     "plan_buckets",
     "plan_rows",

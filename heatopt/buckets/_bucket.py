@@ -11,7 +11,7 @@ import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
-__all__ = ["SMALL_BYTES", "Bucket", "GradientBucket", "covers_its_memory", "strides_of_gradient"]
+__all__ = ["SMALL_BYTES", "Bucket", "GradientBucket", "covers_its_memory", "find_overlaps", "strides_of_gradient"]
 
 SMALL_BYTES = 256 * 1024
 """Gradients below this are moved many at once, which is cheaper than a call for each."""
@@ -288,3 +288,20 @@ def covers_its_memory(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def find_overlaps(parameters: Sequence[torch.Tensor]) -> set[int]:
+    """Positions of the parameters that share memory with another one, or lie between its elements."""
+    ranges = sorted(
+        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
+        for index, p in enumerate(parameters)
+        if p.layout is torch.strided and p.numel() > 0
+    )
+    found: set[int] = set()
+    reach = ("", 0, -1)  # device, end and index of what reaches furthest
+    for device, start, end, index in ranges:
+        if device == reach[0] and start < reach[1]:
+            found |= {index, reach[2]}
+        if device != reach[0] or end > reach[1]:
+            reach = (device, end, index)
+    return found

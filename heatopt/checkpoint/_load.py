@@ -21,6 +21,7 @@ from heatopt.checkpoint._restore import restore_model, restore_optimizer
 from heatopt.checkpoint._writing import finish_pending
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError
+from heatopt.sharding import Wanted
 
 __all__ = ["load"]
 
@@ -69,7 +70,9 @@ def load(
     target = _check(chosen, path, objects)
     given = {name: thing for name, thing in objects.items() if thing is not None}
     directory, manifest = _read_manifest(chosen, target)
-    contents = _together(chosen, lambda: _read(chosen, directory, manifest, given))
+    states = states_of(optimizer)
+    wanted = None if states is None else states.wanted_elements()
+    contents = _together(chosen, lambda: _read(chosen, directory, manifest, given, wanted))
     _put_in_place(chosen, given, contents)
     if manifest.ranks == chosen.size:
         restore_generators(contents["random"])
@@ -123,8 +126,10 @@ def _read_manifest(comm: Communicator, target: str) -> tuple[str, Manifest]:
     return directory, _together(comm, lambda: parse(text, os.path.join(directory, MANIFEST)))
 
 
-def _read(comm: Communicator, directory: str, manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that this rank needs, checked."""
+def _read(
+    comm: Communicator, directory: str, manifest: Manifest, given: Mapping[str, Any], wanted: Wanted | None
+) -> dict[str, Any]:
+    """Everything that this rank needs, checked; of the optimizer's states what is ``wanted``."""
     same = manifest.ranks == comm.size
     reader = Reader(directory, manifest, comm.rank if same else 0)
     reader.check_files()
@@ -133,8 +138,6 @@ def _read(comm: Communicator, directory: str, manifest: Manifest, given: Mapping
         _check_differences(directory, manifest, comm, given)
         for rank in range(comm.rank, manifest.ranks, comm.size):
             reader.of_rank(rank).read("random")  # nobody needs it, but damage is to be noticed
-    states = states_of(given.get("optimizer"))
-    wanted = None if states is None else states.wanted_elements()
     if wanted is None:
         return {name: reader.read(name) for name in (*given, "extra", "random")}
     contents = {name: reader.read(name) for name in (*given, "extra", "random") if name != "optimizer"}

@@ -315,6 +315,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         count = len(self._parameters())
         param_group, members = listed_once(param_group)
         refuse_owned(members, self._names, self)
+        self._gradients.attach()  # a copy has not met the others yet, whose parameters are to be compared first
         self._states.gather()
         self.torch_optimizer.add_param_group(param_group)
         if isinstance(self.torch_optimizer, torch.optim.SGD):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from heatopt._log import logger
-from heatopt.optim._flat_memory import Run, can_be_flat, find_overlaps, make_spaces
+from heatopt.buckets import find_overlaps
+from heatopt.optim._flat_memory import Run, can_be_flat, make_spaces
 
 __all__ = ["Layout"]
 

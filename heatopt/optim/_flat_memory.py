@@ -11,7 +11,7 @@ import torch
 
 from heatopt.buckets import ParameterSpec, Slot, covers_its_memory, plan_buckets
 
-__all__ = ["LARGE", "Run", "Space", "can_be_flat", "find_overlaps", "make_spaces"]
+__all__ = ["LARGE", "Run", "Space", "can_be_flat", "make_spaces"]
 
 LARGE = 2**16
 """Parameters of so many elements are updated by themselves: there is nothing to win, and a copy to lose."""
@@ -180,23 +180,6 @@ def can_be_flat(parameter: torch.Tensor) -> bool:
         # Other processes would not see where it went.
         and (parameter.device.type != "cpu" or not parameter.untyped_storage().is_shared())
     )
-
-
-def find_overlaps(parameters: Sequence[torch.Tensor]) -> set[int]:
-    """Positions of the parameters that share memory with another one, which moving them would end."""
-    ranges = sorted(
-        (str(p.device), p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), index)
-        for index, p in enumerate(parameters)
-        if p.layout is torch.strided and p.numel() > 0
-    )
-    found: set[int] = set()
-    reach = ("", 0, -1)  # device, end and index of what reaches furthest
-    for device, start, end, index in ranges:
-        if device == reach[0] and start < reach[1]:
-            found |= {index, reach[2]}
-        if device != reach[0] or end > reach[1]:
-            reach = (device, end, index)
-    return found
 
 
 def make_spaces(groups: Sequence[dict[str, Any]], excluded: set[int]) -> list[Space]:

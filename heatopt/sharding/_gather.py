@@ -13,7 +13,7 @@ from heatopt.errors import RankMismatchError
 from heatopt.sharding._declaration import NUMBERS
 from heatopt.sharding._partition import Piece
 
-__all__ = ["Ownership", "Part", "cut_state", "flatten_state", "gather_states", "outline_states"]
+__all__ = ["Ownership", "Part", "cut_state", "flatten_state", "gather_states", "is_part", "outline_states"]
 
 # States travel together, up to about so many bytes of each rank.
 _CHUNK_BYTES = 16 * 2**20
@@ -89,6 +89,11 @@ def _is_cut_with(key: str, shape: torch.Size, parameter_shape: torch.Size) -> bo
     return key not in NUMBERS and shape == parameter_shape
 
 
+def is_part(key: str, value: Any, piece: Piece) -> bool:
+    """Whether the state ``key`` of a parameter that is cut is that of ``piece`` alone."""
+    return isinstance(value, torch.Tensor) and key not in NUMBERS and value.shape == (piece.stop - piece.start,)
+
+
 def outline_states(
     comm: Communicator,
     parameters: Sequence[torch.Tensor],
@@ -150,14 +155,13 @@ def gather_states(
 
 def _describe(state: Mapping[str, Any], owned: Ownership, index: int) -> dict[str, Any]:
     piece = owned.pieces[index]
-    length = (piece.stop - piece.start,)
     return {
         key: _Described(
             tuple(value.shape),
             value.dtype,
             value.device.type == "cpu",
             piece.start,
-            index in owned.cut and key not in NUMBERS and tuple(value.shape) == length,
+            index in owned.cut and is_part(key, value, piece),
         )
         if isinstance(value, torch.Tensor)
         else value

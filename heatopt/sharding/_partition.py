@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import accumulate
 
 import torch
@@ -148,11 +149,11 @@ def _assign_whole(specs: list[ShardSpec], ranks: int) -> Block:
 
 def _owners(specs: list[ShardSpec], ranks: int) -> dict[int, int]:
     """Which rank updates which whole parameter."""
-    loads = [0] * ranks
+    loads = [(0, rank) for rank in range(ranks)]  # a heap
     owners = {}
     for spec in sorted(specs, key=lambda spec: (-spec.cost, spec.index)):
-        owner = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        loads[owner] += spec.cost
+        load, owner = loads[0]
+        heapreplace(loads, (load + spec.cost, owner))
         owners[spec.index] = owner
     return owners
 

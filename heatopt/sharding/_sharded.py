@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -26,11 +27,11 @@ from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sharding._declaration import Manner, keeps_state, manner_of
 from heatopt.sharding._division import shard_specs
-from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, outline_states
+from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, is_part, outline_states
 from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._layout import Layout
 from heatopt.sharding._partition import plan_shards
-from heatopt.sharding._states import States, Wanted, copied, replace_entry
+from heatopt.sharding._states import States, Wanted, as_state, copied, replace_entry
 from heatopt.sharding._views import Views
 from heatopt.sync import GradientShards, outside_graphs
 
@@ -219,10 +220,12 @@ class ShardedStates(States):
 
     def gather(self, root: int | None = None) -> None:
         whole = self._ask_who_is_whole()
+        root_has_all = root is not None and whole[root] is not None
+        if not root_has_all:
+            _require_equal(whole)
         if self._layout is not None:
             state: dict[torch.Tensor, dict[str, Any]] = {}  # if root has all, this rank is about to receive it
-            if root is None or not whole[root]:
-                _require_equal(whole)
+            if not root_has_all:
                 state = self._whole_states(range(len(self._parameters())))
             for key in [key for key in self._optimizer.state if isinstance(key, torch.Tensor)]:
                 del self._optimizer.state[key]
@@ -234,14 +237,17 @@ class ShardedStates(States):
         self._memories = []
         self._owned = Ownership({}, frozenset())
 
-    def _ask_who_is_whole(self) -> list[bool]:
-        """Whether each rank has the whole states, having loaded them, say. Collective."""
-        return self._meet().exchange_objects(self._layout is None, "a look at the optimizer states of all ranks")
+    def _ask_who_is_whole(self) -> list[int | None]:
+        """None for each rank that holds its part; for one that has loaded all, say, a number for names. Collective."""
+        state = self._optimizer.state
+        names = [(index, *state[p]) for index, p in enumerate(self._parameters()) if state.get(p)]
+        found = crc32(repr(names).encode()) if self._layout is None else None
+        return self._meet().exchange_objects(found, "a look at the optimizer states of all ranks")
 
     def _all_are_whole(self) -> bool:
         whole = self._ask_who_is_whole()
         _require_equal(whole)
-        return whole[0]
+        return whole[0] is not None
 
     def _whole_states(self, indices: Iterable[int]) -> dict[torch.Tensor, dict[str, Any]]:
         """Whole states by parameter."""
@@ -285,6 +291,7 @@ class ShardedStates(States):
     def wanted_elements(self) -> Wanted | None:
         if self._keep_whole:
             return None
+        self._meet()  # a copy may not have met the others yet, without whom there is no plan
         parameters = self._parameters()
         owned = self._plan(parameters, frozenset()).ownership()
         return lambda index, key, shape: owned.elements(index, key, shape, parameters[index])
@@ -312,11 +319,11 @@ class ShardedStates(States):
         error = None
         try:
             self._set_own_part(index, parameter, name, value)
-        except ValueError as found:
-            error = str(found)
-        errors = self._channel().exchange_objects(error, "set_states()")
-        if any(errors):
-            raise ValueError(next(filter(None, errors)))
+        except (TypeError, ValueError) as found:
+            error = (type(found), str(found))
+        kind, text = next(filter(None, self._channel().exchange_objects(error, "set_states()")), (None, ""))
+        if kind is not None:
+            raise kind(text)
         if not any(parameter is known for known in self._first_used):
             self._first_used.append(parameter)
 
@@ -324,9 +331,12 @@ class ShardedStates(States):
         state = self._optimizer.state
         if self._layout is not None and index not in self._owned.pieces:
             return
-        entry = {name: torch.as_tensor(value) if isinstance(state[parameter].get(name), torch.Tensor) else value}
+        entry = {name: value}
         if index in self._owned.cut:
-            cut_state(entry, parameter.shape, self._owned.pieces[index])
+            piece, present = self._owned.pieces[index], state[parameter].get(name)
+            if is_part(name, present, piece):
+                entry[name] = as_state(name, value, parameter.shape)
+            cut_state(entry, parameter.shape, piece)
         replace_entry(state[parameter], name, entry[name])
 
     @contextmanager
@@ -360,14 +370,17 @@ class ShardedStates(States):
             layout.check(comm)
 
 
-def _require_equal(whole: list[bool]) -> None:
+def _require_equal(whole: list[int | None]) -> None:
     for rank, found in enumerate(whole):
-        if found is not whole[0]:
-            loaded, other = (0, rank) if whole[0] else (rank, 0)
-            raise RankMismatchError(
-                f"rank {loaded} has loaded a state dict, rank {other} has not; load it on all ranks, or call "
-                "broadcast_optimizer_state with a rank that has"
-            )
+        if found == whole[0]:
+            continue
+        what = f"rank 0 and rank {rank} have loaded states of different parameters, or with different names"
+        if found is None or whole[0] is None:
+            loaded, other = (rank, 0) if whole[0] is None else (0, rank)
+            what = f"rank {loaded} has loaded a state dict, rank {other} has not"
+        raise RankMismatchError(
+            f"{what}; load it on all ranks, or call broadcast_optimizer_state with a rank that has all"
+        )
 
 
 def _sparse(gradients: Sequence[torch.Tensor | None]) -> set[int]:

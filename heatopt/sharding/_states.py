@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["States", "Wanted", "WholeStates"]
+__all__ = ["States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry"]
 
 Wanted = Callable[[int, str, torch.Size], tuple[int, int] | None]
 """First and end element of what a rank takes of a state; None if it takes no state of that parameter.
@@ -51,7 +51,7 @@ class States(ABC):
         return self.state_dict()
 
     def wanted_elements(self) -> Wanted | None:
-        """What this rank takes of states that are loaded in parts; None if it takes the whole. Changes nothing."""
+        """What this rank takes of states that are loaded in parts; None if it takes the whole. Collective."""
         return None
 
     def hold_parts(self, order: Sequence[int]) -> None:  # noqa: B027 (whoever wants the whole never gets parts)
@@ -67,7 +67,12 @@ class States(ABC):
 
     @abstractmethod
     def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
-        """Replace one entry of the state of ``parameter``. Raises ValueError if that, or the shape, is wrong."""
+        """Replace one entry of the state of ``parameter``.
+
+        Raises:
+            TypeError: the entry is a tensor, and ``value`` cannot be one.
+            ValueError: not the optimizer's parameter, or of another shape than the entry.
+        """
 
     @abstractmethod
     def gather(self, root: int | None = None) -> None:
@@ -120,14 +125,29 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
+def as_state(name: str, value: Any, shape: torch.Size) -> torch.Tensor:
+    """``value`` as a tensor that can replace the state ``name`` of ``shape``.
+
+    Raises:
+        TypeError: nothing that a tensor can be made of.
+        ValueError: of another shape.
+    """
+    try:
+        given = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"state {name!r} is a tensor, which cannot be made of this {type(value).__name__}: {error}"
+        ) from None
+    if given.shape != shape:
+        raise ValueError(f"state {name!r} has shape {tuple(shape)}, got {tuple(given.shape)}")
+    return given
+
+
 def replace_entry(state: dict[str, Any], name: str, value: Any) -> None:
     """Set one entry; a tensor that is there keeps its dtype, device and memory."""
     present = state.get(name)
     if not isinstance(present, torch.Tensor):
         state[name] = _copy(value)
         return
-    given = torch.as_tensor(value)
-    if given.shape != present.shape:
-        raise ValueError(f"state {name!r} has shape {tuple(present.shape)}, got {tuple(given.shape)}")
     with torch.no_grad():
-        present.copy_(given)
+        present.copy_(as_state(name, value, present.shape))

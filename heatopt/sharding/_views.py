@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from heatopt.buckets import gradient_dtype
+from heatopt.buckets import covers_its_memory, find_overlaps, gradient_dtype
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.sharding._partition import Block, Piece
 
@@ -87,12 +88,16 @@ class Views:
         memories: where rows of each block meet.
         rank: this one.
         parameters: by index.
+
+    Raises:
+        ValueError: parameters share memory.
     """
 
     def __init__(
         self, blocks: Sequence[Block], memories: Sequence[BucketMemory], rank: int, parameters: Sequence[torch.Tensor]
     ) -> None:
-        self._addresses = list(map(torch.Tensor.data_ptr, parameters))
+        _refuse_shared_memory(parameters)
+        self._places = _places(parameters)
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._traffic = []
         self.members: dict[int, Member] = {}
@@ -115,8 +120,8 @@ class Views:
         return flat
 
     def are_current(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """False if a parameter's memory is not that of which the views are."""
-        return list(map(torch.Tensor.data_ptr, parameters)) == self._addresses
+        """False if a parameter's elements are not where they were."""
+        return _places(parameters) == self._places
 
     def refresh(self) -> None:
         """Before an update: see what has become of parameters that have no flat view."""
@@ -130,3 +135,19 @@ class Views:
             comm.share_memory(traffic.memory, traffic.take, f"sharing of updated parameters, block {number}")
         for parameter, flat in self._copies:
             parameter.copy_(flat.view(parameter.shape))
+
+
+def _places(parameters: Sequence[torch.Tensor]) -> list[Any]:
+    return [*map(torch.Tensor.data_ptr, parameters), *map(torch.Tensor.stride, parameters)]
+
+
+def _refuse_shared_memory(parameters: Sequence[torch.Tensor]) -> None:
+    """Raise if an element belongs to two parameters, which two ranks would update, each in its own way."""
+    dense = [index for index, parameter in enumerate(parameters) if covers_its_memory(parameter)]
+    shared = sorted(dense[position] for position in find_overlaps([parameters[index] for index in dense]))
+    if shared:
+        raise ValueError(
+            f"parameters {', '.join(map(str, shared[:8]))}{', ...' if len(shared) > 8 else ''} share memory, so their "
+            "updates cannot be divided among ranks; make them one parameter (decoder.weight = encoder.weight), listed "
+            "once, or use shard='none'"
+        )

@@ -140,7 +140,6 @@ class GradientSync(Gradients):
         self._tuner = Tuner(candidates(self._settings.blocking, bucket_mb, overlaps, size))
 
     def extend(self) -> None:
-        self.attach()
         self._plan.list_parameters()
         self.plan_digest = self.fingerprint().digest()
         self._meet(Call.ADD_PARAM_GROUP)

@@ -279,6 +279,24 @@ def test_at_any_time(ranks: Ranks, when: str, tmp_path: Path) -> None:
     ranks(body)
 
 
+@pytest.mark.parametrize("mode", ["none", "state", "gradients"])
+def test_into_a_copy(ranks: Ranks, mode: str, tmp_path: Path) -> None:
+    """What a copy does first is to load."""
+
+    def body(comm: Communicator) -> None:
+        path = comm.broadcast_object(tmp_path) / "checkpoint"
+        module, optimizer = wide(comm, mode, 0)
+        step(module, optimizer, 0)
+        heatopt.save(path, model=module, optimizer=optimizer)
+        again, other = copy.deepcopy((module, optimizer))
+        heatopt.load(path, model=again, optimizer=other)
+        step(module, optimizer, 1)
+        step(again, other, 1)
+        assert_equal([again, other], [module, optimizer])
+
+    ranks(body)
+
+
 def test_parameters_without_a_state(ranks: Ranks, tmp_path: Path) -> None:
     """Those that never had a gradient; and ranks that own nothing of the others."""
 

@@ -209,6 +209,36 @@ def test_states_of_one_parameter(ranks: Ranks, shard: str) -> None:
     ranks(body)
 
 
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [
+        ("text", TypeError, "'exp_avg' is a tensor, .* str"),
+        (None, TypeError, "'exp_avg' is a tensor, .* NoneType"),
+        ([[1.0], [2.0, 3.0]], TypeError, "'exp_avg' is a tensor, .* list"),
+        (torch.ones(2), ValueError, r"shape \(2, \d\), got \(2,\)"),
+    ],
+    ids=["text", "None", "ragged", "shape of a piece"],
+)
+def test_wrong_states_are_refused(ranks: Ranks, shard: str, value: Any, error: type[Exception], match: str) -> None:
+    """On all ranks, also on those that own nothing of the parameter."""
+
+    def body(comm: Communicator) -> None:
+        parameters = [nn.Parameter(torch.ones(2, comm.size)), nn.Parameter(torch.ones(()))]
+        optimizer = DataParallelOptimizer(torch.optim.AdamW(parameters), comm=comm, shard=shard)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        before = optimizer.state_dict()
+        with pytest.raises(error, match=match):
+            optimizer.set_states(parameters[0], "exp_avg", value)
+        with pytest.raises(TypeError if error is TypeError else ValueError):
+            optimizer.set_states(parameters[1], "exp_avg", value)
+        parity.assert_same_bits(optimizer.state_dict(), before, "the state")
+
+    ranks(body)
+
+
 def test_states_of_one_parameter_without_sharding(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         parameter = nn.Parameter(torch.ones(3))
@@ -301,6 +331,8 @@ def test_load_on_one_rank_is_noticed(ranks: Ranks) -> None:
             optimizer.load_state_dict(state_dict)
         with pytest.raises(RankMismatchError, match=rf"rank {comm.size - 1} has loaded a state dict, rank 0 has not"):
             optimizer.state_dict()
+        with pytest.raises(RankMismatchError, match=rf"rank {comm.size - 1} has loaded a state dict, rank 0 has not"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
         heatopt.broadcast_optimizer_state(optimizer, comm.size - 1, comm)
         parity.assert_same_bits(optimizer.state_dict(), state_dict, "the broadcast state")
 
@@ -321,6 +353,67 @@ def test_existing_state_is_divided(ranks: Ranks, case: Case) -> None:
             train(optimizer, net.losses(comm.size, comm.rank))
             results.append(parity.snapshot(net, optimizer))
         assert_same_bits(results)
+
+    ranks(body, min_size=2)
+
+
+@each_kind
+def test_parameters_that_share_memory_are_refused(ranks: Ranks, shard: str) -> None:
+    """Each owner would overwrite what another one has made; columns of one matrix share nothing."""
+
+    def body(comm: Communicator) -> None:
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        columns = torch.ones(6, 4)
+        free = [nn.Parameter(columns[:, :2]), nn.Parameter(columns[:, 2:])]
+        optimizer = DataParallelOptimizer(torch.optim.SGD([*net.parameters(), *free], 0.1), comm=comm, shard=shard)
+        optimizer.step()
+        net[1].weight.data = net[0].weight.data
+        with pytest.raises(ValueError, match="parameters 0, 2 share memory"):
+            optimizer.step()
+        plain = torch.optim.SGD([nn.Parameter(torch.ones(3))], 0.1)
+        plain.param_groups[0]["params"] *= 2  # torch's constructor only warns
+        twice = DataParallelOptimizer(plain, comm=comm, shard=shard)
+        with pytest.raises(ValueError, match="parameters 0, 1 share memory"):
+            twice.step()
+
+    ranks(body, min_size=2)
+
+
+@each_kind
+def test_strides_that_change_in_place(ranks: Ranks, shard: str) -> None:
+    def body(comm: Communicator) -> None:
+        results = []
+        for kind in ("none", shard):
+            weight = nn.Parameter(torch.zeros(4, 4))
+            plain = torch.optim.SGD([weight], 0.1, 0.9)
+            optimizer = DataParallelOptimizer(plain, comm=comm, shard=kind)
+            for _ in range(2):
+                optimizer.zero_grad()
+                (weight * torch.arange(16.0).view(4, 4)).sum().backward()
+                optimizer.step()
+                weight.data = weight.data.t()
+            results.append(weight.detach())
+        parity.assert_same_bits(results[1], results[0], f"shard={shard!r}")
+
+    ranks(body, min_size=2)
+
+
+@each_kind
+def test_states_loaded_in_part_are_noticed(ranks: Ranks, shard: str) -> None:
+    """Ranks that have loaded the states of different parameters do not take them for the whole."""
+
+    def body(comm: Communicator) -> None:
+        net, optimizer = trained(comm, ADAMW, shard)
+        state_dict = optimizer.state_dict()
+        partial = {**state_dict, "state": dict(state_dict["state"])}
+        if comm.rank == comm.size - 1:
+            partial["state"][0] = {}
+        optimizer.load_state_dict(partial)
+        for look in (optimizer.state_dict, lambda: optimizer.get_states(net.first)):
+            with pytest.raises(RankMismatchError, match=f"rank 0 and rank {comm.size - 1} have loaded"):
+                look()
+        heatopt.broadcast_optimizer_state(optimizer, 0, comm)
+        parity.assert_same_bits(optimizer.state_dict(), state_dict, "the broadcast state")
 
     ranks(body, min_size=2)
 

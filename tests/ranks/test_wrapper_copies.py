@@ -220,6 +220,23 @@ def test_t25_copy_between_backward_and_step(ranks: Ranks) -> None:
     ranks(body)
 
 
+@pytest.mark.parametrize("shard", ["none", "state", "gradients"])
+def test_t25_copy_that_is_first_extended(ranks: Ranks, shard: str) -> None:
+    def body(comm: Communicator) -> None:
+        model = net()
+        module, duplicate = copy.deepcopy((model, wrap(comm, adamw, model, shard=shard)))
+        added = torch.nn.Parameter(torch.ones(3))
+        duplicate.add_param_group({"params": [added]})
+        added.grad = torch.full((3,), float(comm.rank))
+        train_loss = loss_of(module, batch(0, comm.rank))
+        train_loss.backward()
+        duplicate.step()
+        assert len(duplicate.state_dict()["state"]) == 7
+        assert_ranks_equal(comm, module, added)
+
+    ranks(body)
+
+
 def test_t25_copy_on_one_rank_that_is_not_used(ranks: Ranks) -> None:
     """Copying meets nobody; only the use of the copy does."""
 
