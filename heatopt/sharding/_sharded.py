@@ -25,7 +25,7 @@ import torch
 from heatopt._log import logger
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
-from heatopt.sharding._declaration import Manner, keeps_state, manner_of
+from heatopt.sharding._declaration import NUMBERS, Manner, keeps_state, manner_of
 from heatopt.sharding._division import shard_specs
 from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, is_part, outline_states
 from heatopt.sharding._inner_step import HookedStep
@@ -145,8 +145,8 @@ class ShardedStates(States):
         """
         own = {p for index, p in enumerate(self._parameters()) if index in self._owned.pieces}
         if used and own.isdisjoint(used):  # whoever owns one and has no state needs none
-            # Never read but by copies of Adagrad, which look for the number.
-            self._optimizer.state[used[0]] = {"step": torch.zeros(())}
+            # Never read but by copies, where torch looks for an algorithm's numbers.
+            self._optimizer.state[used[0]] = {name: torch.zeros(()) for name in NUMBERS}
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]

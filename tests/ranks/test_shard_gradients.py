@@ -276,12 +276,13 @@ def test_gradients_cleared_between_backward_and_step(ranks: Ranks) -> None:
 # Norms and scalers
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
-def test_norms_are_those_of_one_process(ranks: Ranks, norm_type: float) -> None:
+def test_norms_are_those_of_one_process(ranks: Ranks, norm_type: float, dtype: torch.dtype) -> None:
     """Also with two dtypes; ranks without a piece return it too."""
 
     def body(comm: Communicator) -> None:
-        wide = nn.Parameter(torch.linspace(-3, 2, 5, dtype=torch.float64))
+        wide = nn.Parameter(torch.linspace(-3, 2, 5, dtype=dtype))
         narrow = nn.Parameter(torch.linspace(-1, 1, 402).view(2, -1))
         single = nn.Parameter(torch.tensor(2.0))
         owned = [wide, narrow, single]
@@ -294,7 +295,7 @@ def test_norms_are_those_of_one_process(ranks: Ranks, norm_type: float) -> None:
         sum((p * p.detach()).sum() * (comm.rank + 1) for p in owned).backward()
         found = optimizer.clip_grad_norm_(0.5, norm_type)
         parity.assert_ranks_equal(comm, found)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6, atol=0)
         optimizer.step()
         for own, other in zip(owned, alone, strict=True):
             torch.testing.assert_close(own.detach().double(), other.detach() - other.grad, rtol=1e-6, atol=1e-6)

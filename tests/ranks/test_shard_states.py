@@ -267,6 +267,27 @@ def test_copies(ranks: Ranks, case: Case, shard: str) -> None:
     ranks(body)
 
 
+@each_algorithm
+@each_kind
+def test_copies_on_ranks_that_own_nothing(ranks: Ranks, case: Case, shard: str) -> None:
+    """torch looks for the numbers of a state when it restores an optimizer."""
+
+    def body(comm: Communicator) -> None:
+        parameter = nn.Parameter(torch.ones(1, 1))
+        optimizer = DataParallelOptimizer(case.optimizer([parameter]), comm=comm, shard=shard)
+        parameter.grad = torch.ones(1, 1)
+        optimizer.step()
+        twin_parameter, twin = copy.deepcopy((parameter, optimizer))
+        for one, its in ((parameter, optimizer), (twin_parameter, twin)):
+            its.zero_grad()
+            one.grad = torch.full((1, 1), 0.5)
+            its.step()
+        parity.assert_same_bits([twin_parameter.detach()], [parameter.detach()], "the copy")
+        parity.assert_same_bits(twin.state_dict(), optimizer.state_dict(), "the copy")
+
+    ranks(body, min_size=2)
+
+
 def test_pickle_keeps_to_its_rank(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         net, optimizer = trained(comm, ADAMW)
