@@ -287,6 +287,7 @@ class ShardedStates(States):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state_dict)
         self._forget_layout()
+        self._first_used, self._had_gradient = [], []
 
     def wanted_elements(self) -> Wanted | None:
         if self._keep_whole:
@@ -299,13 +300,12 @@ class ShardedStates(States):
     def hold_parts(self, order: Sequence[int]) -> None:
         parameters, state = self._parameters(), self._optimizer.state
         self._use(self._plan(parameters, frozenset()))
-        loaded = [parameters[index] for index in order]
-        self._first_used = list(dict.fromkeys([*loaded, *self._first_used]))
+        self._first_used, self._had_gradient = [parameters[index] for index in order], []
         for index in self._owned.cut.intersection(self._owned.pieces):
             if parameters[index] in state:
                 flatten_state(state[parameters[index]], parameters[index].shape)
         if not state:
-            self._mark_in_use(loaded)
+            self._mark_in_use(self._first_used)
 
     def get(self, parameter: torch.Tensor) -> dict[str, Any]:
         index = self.require(parameter)

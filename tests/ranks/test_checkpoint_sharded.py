@@ -279,6 +279,29 @@ def test_at_any_time(ranks: Ranks, when: str, tmp_path: Path) -> None:
     ranks(body)
 
 
+@pytest.mark.parametrize("how", ["load", "load_state_dict"])
+@pytest.mark.parametrize("mode", ["state", "gradients"])
+def test_order_after_loading(ranks: Ranks, mode: str, how: str, tmp_path: Path) -> None:
+    """What had a state before, and in which order, is forgotten."""
+
+    def body(comm: Communicator) -> None:
+        path = comm.broadcast_object(tmp_path) / "checkpoint"
+        module, optimizer = wide(comm, mode, 0)
+        heatopt.save(path, model=module, optimizer=optimizer)
+        new = copy.deepcopy(optimizer.state_dict())
+        step(torch.nn.ParameterList(list(module)[1:]), optimizer, 0)
+        step(module, optimizer, 1)
+        assert list(optimizer.state_dict()["state"]) == [1, 2, 3, 4, 0]
+        if how == "load":
+            heatopt.load(path, model=module, optimizer=optimizer)
+        else:
+            optimizer.load_state_dict(new)
+        step(module, optimizer, 2)
+        assert list(optimizer.state_dict()["state"]) == [0, 1, 2, 3, 4]
+
+    ranks(body)
+
+
 @pytest.mark.parametrize("mode", ["none", "state", "gradients"])
 def test_into_a_copy(ranks: Ranks, mode: str, tmp_path: Path) -> None:
     """What a copy does first is to load."""
