@@ -13,7 +13,7 @@ from heatopt.checkpoint._manifest import Manifest, TensorEntry, rank_key
 from heatopt.checkpoint._pieces import Piece, extent_of, stored
 from heatopt.checkpoint._rank_file import RankFile
 from heatopt.errors import CheckpointError
-from heatopt.sharding import Wanted
+from heatopt.sharding import MASTER, MASTERS, Wanted
 
 __all__ = ["Reader"]
 
@@ -82,7 +82,8 @@ class Reader:
         return found
 
     def _read_optimizer(self, content: Any, wanted: Wanted) -> tuple[dict[str, Any], list[int]]:
-        saved = {key: decode(value, self._tensor) for key, value in items_of(content) if key != "state"}
+        in_parts = ("state", MASTERS)
+        saved = {key: decode(value, self._tensor) for key, value in items_of(content) if key not in in_parts}
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         position = {index: number for number, index in enumerate(indices)}
         saved["state"] = {}
@@ -94,7 +95,12 @@ class Reader:
             order.append(position[key])
             if wanted(position[key], "", torch.Size()) is not None:
                 saved["state"][key] = self._read_state(entries, position[key], wanted)
-        return saved, order
+        for key, value in items_of(content.get(MASTERS, {})):
+            order.append(position[key])
+            if wanted(position[key], "", torch.Size()) is not None:
+                found = self._read_state({MASTER: value}, position[key], wanted)
+                saved.setdefault(MASTERS, {})[key] = found[MASTER]
+        return saved, list(dict.fromkeys(order))
 
     def _read_state(self, entries: Any, parameter: int, wanted: Wanted) -> dict[str, Any]:
         state = {}

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from heatopt.sharding import uncast
+
 __all__ = ["restore_model", "restore_optimizer"]
 
 
@@ -29,18 +31,4 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
         if index in exact and parameter in optimizer.state:
-            optimizer.state[parameter] = _uncast(optimizer.state[parameter], exact[index])
-
-
-def _uncast(loaded: Any, saved: Any) -> Any:
-    """``loaded``, with the tensors of ``saved`` where the dtypes differ."""
-    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
-        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
-    if isinstance(loaded, dict) and isinstance(saved, dict):
-        for key in loaded:
-            if key in saved:
-                loaded[key] = _uncast(loaded[key], saved[key])
-        return loaded
-    if isinstance(loaded, (list, tuple)) and isinstance(saved, (list, tuple)) and len(loaded) == len(saved):
-        return type(loaded)(_uncast(one, other) for one, other in zip(loaded, saved, strict=True))
-    return loaded
+            optimizer.state[parameter] = uncast(optimizer.state[parameter], exact[index])

@@ -11,7 +11,7 @@ import torch
 
 from heatopt.comm import Communicator, check_timeout
 from heatopt.optim._flat import check_elementwise
-from heatopt.sharding import check_shardable
+from heatopt.sharding import check_shardable, check_takes_masters
 from heatopt.sync import SyncSettings
 
 __all__ = ["check_arguments", "listed_once", "parameter_names", "route_around_fused_sgd"]
@@ -33,12 +33,14 @@ def check_arguments(
     timeout: object,
     fuse: object,
     shard: object,
+    master_dtype: object,
 ) -> SyncSettings:
     """Return the settings.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: a number out of its range, an unknown choice, or an algorithm that cannot be fused or sharded.
+        ValueError: a number out of its range, an unknown choice, or an algorithm that cannot be fused or sharded, or
+            have master weights.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
@@ -76,6 +78,7 @@ def check_arguments(
         sparse=_sparse_parameters(optimizer, model),
         fuse=fuse,
         shard=shard,
+        master_dtype=_check_master_dtype(master_dtype, optimizer, fuse),
     )
 
 
@@ -89,6 +92,19 @@ def _check_shard(shard: object, optimizer: torch.optim.Optimizer, fuse: bool) ->
         if fuse:
             raise ValueError(f"fuse=True and shard={shard!r} cannot be combined yet; choose one of them")
     return shard
+
+
+def _check_master_dtype(master_dtype: object, optimizer: torch.optim.Optimizer, fuse: bool) -> torch.dtype | None:
+    if master_dtype is None:
+        return None
+    if not isinstance(master_dtype, torch.dtype):
+        raise TypeError(f"master_dtype must be torch.float32, torch.float64 or None, got {master_dtype!r}")
+    if master_dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"master_dtype must be torch.float32, torch.float64 or None, got {master_dtype}")
+    check_takes_masters(optimizer)
+    if fuse:
+        raise ValueError("fuse=True and master_dtype cannot be combined yet; choose one of them")
+    return master_dtype
 
 
 def _check_bucket_mb(bucket_mb: object) -> float | None:

@@ -16,14 +16,7 @@ from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
-from heatopt.sync import (
-    Call,
-    SyncSettings,
-    broadcast_state,
-    broadcast_tensors,
-    outside_graphs,
-    start_equal,
-)
+from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, outside_graphs, start_equal
 
 __all__ = ["DataParallelOptimizer"]
 
@@ -72,6 +65,9 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             nodes is that of ``"none"``. With several ranks ``p.grad`` is then None after a synchronised ``backward()``,
             for every parameter whose gradient is not sparse: clip by :meth:`clip_grad_norm_`, clear by
             :meth:`zero_grad`. Averages add up until ``step()`` has used them. Not for LBFGS.
+        master_dtype: ``torch.float32`` (or float64): narrower parameters, of bfloat16 or float16, are updated in copies
+            of this dtype, ``"master_weight"`` among their states, with moments of this dtype, and set to the copy
+            rounded. A write to a parameter goes to its copy, too. Not with ``fuse``, nor for LBFGS.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -99,6 +95,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         timeout: float | None = None,
         fuse: bool = False,
         shard: str = "none",
+        master_dtype: torch.dtype | None = None,
     ) -> None:
         settings = check_arguments(
             torch_optimizer,
@@ -112,6 +109,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
             timeout=timeout,
             fuse=fuse,
             shard=shard,
+            master_dtype=master_dtype,
         )
         if isinstance(torch_optimizer, DataParallelOptimizer):
             raise ValueError("torch_optimizer is a DataParallelOptimizer already; use it as it is")
@@ -329,7 +327,10 @@ class DataParallelOptimizer(torch.optim.Optimizer):
 
     @outside_graphs
     def state_dict(self) -> dict[str, Any]:
-        """The state as the plain torch optimizer gives it; equal on all ranks. Collective if it is sharded."""
+        """The state as the plain torch optimizer gives it; equal on all ranks. Collective if it is sharded.
+
+        With ``master_dtype`` the copies are beside it in ``"master_weights"``, which plain torch optimizers ignore.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._states.state_dict()

@@ -52,6 +52,8 @@ class GradScaler(torch.amp.GradScaler):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
         optimizer.unscale_agreed(0.0)  # gradients must be final before they are scaled
         holders: Any = SimpleNamespace(param_groups=[{"params": optimizer.gradient_holders()}])
+        # torch refuses float16 gradients, taking the parameters for what is updated; with masters that is not so.
+        allow_fp16 = allow_fp16 or optimizer._settings.master_dtype is not None
         per_device = super()._unscale_grads_(holders, inv_scale, found_inf, allow_fp16)
         found = max((float(flag) for flag in per_device.values()), default=0.0)
         agreed = optimizer.unscale_agreed(found)

@@ -84,6 +84,7 @@ def check_choices(
         timeout=timeout,
         fuse=False,
         shard=shard,
+        master_dtype=None,
     )
     assert isinstance(torch_optimizer, torch.optim.Optimizer)
     if isinstance(torch_optimizer, (DataParallelOptimizer, LocalOptimizer)):

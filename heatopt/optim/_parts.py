@@ -8,7 +8,16 @@ import torch
 
 from heatopt.comm import Communicator
 from heatopt.optim._flat import FlatStepper
-from heatopt.sharding import GradientDivision, ShardedStates, States, WholeStates, sharded_states
+from heatopt.sharding import (
+    GradientDivision,
+    Masters,
+    MasterStates,
+    MemberStepper,
+    ShardedStates,
+    States,
+    WholeStates,
+    sharded_states,
+)
 from heatopt.sync import Gradients, GradientShards, GradientSync, LocalGradients, SyncSettings
 
 __all__ = ["Parts", "assemble"]
@@ -48,15 +57,27 @@ def assemble(
     """
     ShardedStates.check_layout(layout, comm)
     GradientShards.check_contents(kept, comm)
-    stepper: Any = FlatStepper(optimizer) if settings.fuse else optimizer
+    masters = Masters(settings.master_dtype) if settings.master_dtype is not None else None
     if comm.size == 1:
-        return Parts(LocalGradients(), GradientShards(), WholeStates(optimizer), stepper)
+        return Parts(LocalGradients(), GradientShards(), *_unsharded(optimizer, settings, masters))
     divides = settings.shard == "gradients"
     shards = GradientShards(GradientDivision(optimizer), kept) if divides else GradientShards()
     # The callback must not hold the wrapper, which is to die with its last user.
     sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards)
     if settings.shard == "none":
-        return Parts(sync, shards, WholeStates(optimizer), stepper)
+        return Parts(sync, shards, *_unsharded(optimizer, settings, masters))
     hold_whole = sync.hold_whole if divides else None
-    states = sharded_states(optimizer, sync.channel, sync.meet_for_states, layout, shards, hold_whole)
-    return Parts(sync, shards, states, states)
+    states = sharded_states(optimizer, sync.channel, sync.meet_for_states, layout, shards, hold_whole, masters)
+    return Parts(sync, shards, _with_masters(optimizer, states, masters), states)
+
+
+def _unsharded(optimizer: torch.optim.Optimizer, settings: SyncSettings, masters: Masters | None) -> tuple[States, Any]:
+    """States, and what makes the update, of a rank that has everything."""
+    stepper: Any = FlatStepper(optimizer) if settings.fuse else optimizer
+    if masters is not None:
+        stepper = MemberStepper(optimizer, masters)
+    return _with_masters(optimizer, WholeStates(optimizer), masters), stepper
+
+
+def _with_masters(optimizer: torch.optim.Optimizer, states: States, masters: Masters | None) -> States:
+    return states if masters is None else MasterStates(optimizer, states, masters)

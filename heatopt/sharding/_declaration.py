@@ -6,7 +6,7 @@ from enum import Enum
 
 import torch
 
-__all__ = ["NUMBERS", "Manner", "check_shardable", "cost_of", "keeps_state", "manner_of"]
+__all__ = ["NUMBERS", "Manner", "check_shardable", "check_takes_masters", "cost_of", "keeps_state", "manner_of"]
 
 
 class Manner(Enum):
@@ -62,6 +62,18 @@ def check_shardable(optimizer: torch.optim.Optimizer, shard: str) -> None:
         )
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(f"shard={shard!r} cannot update parameter groups with differentiable=True; use shard='none'")
+
+
+def check_takes_masters(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if ``optimizer`` cannot update other tensors in the place of its parameters."""
+    name = type(optimizer).__name__
+    if manner_of(optimizer) is Manner.WHOLE_PROBLEM:
+        raise ValueError(
+            f"master_dtype cannot be used with {name}, whose closure needs the parameters rounded within a step; leave "
+            "it out, and give the model parameters of a wider dtype"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("master_dtype cannot be used with parameter groups with differentiable=True; leave it out")
 
 
 def keeps_state(optimizer: torch.optim.Optimizer) -> bool:

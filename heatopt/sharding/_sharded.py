@@ -1,9 +1,8 @@
 """Each rank keeps the optimizer state of its pieces of the parameters, and updates those.
 
 [Note: Sharded updates]
-The wrapped optimizer itself makes the update, so every algorithm computes what it computes alone: for its duration its
-groups list this rank's pieces in the place of the parameters, and its state is keyed by them. An entry of the user's
-``state`` is the same dictionary as that of the piece. Afterwards the owners' pieces travel to all ranks.
+The wrapped optimizer itself updates this rank's pieces, in the place of the parameters: see [Note: Updates of members].
+Afterwards the owners' pieces travel to all ranks.
 
 While there is no partition, each rank has the whole states: before the first update, after ``load_state_dict``, while
 groups are added and inside ``join()``. The next update makes one, and drops what other ranks own.
@@ -11,7 +10,6 @@ groups are added and inside ``join()``. The next update makes one, and drops wha
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +22,14 @@ import torch
 
 from heatopt._log import logger
 from heatopt.comm import BucketMemory, Communicator
-from heatopt.errors import HeatoptError, RankMismatchError
+from heatopt.errors import RankMismatchError
 from heatopt.sharding._declaration import NUMBERS, Manner, keeps_state, manner_of
 from heatopt.sharding._division import shard_specs
 from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, is_part, outline_states
 from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._layout import Layout
+from heatopt.sharding._masters import Masters
+from heatopt.sharding._member_update import MemberUpdate
 from heatopt.sharding._partition import plan_shards
 from heatopt.sharding._states import States, Wanted, as_state, copied, replace_entry
 from heatopt.sharding._views import Views
@@ -38,7 +38,6 @@ from heatopt.sync import GradientShards, outside_graphs
 __all__ = ["ShardedStates"]
 
 _GRADIENT, _LAYOUT, _DTYPE = attrgetter("grad"), attrgetter("layout"), attrgetter("dtype")
-_NOT_OPTIONS = ("params", "param_names")
 
 
 class ShardedStates(States):
@@ -51,6 +50,7 @@ class ShardedStates(States):
         layout: that of an optimizer of which this one is a copy.
         shards: the part of the gradients that this rank keeps, where those are sharded too.
         hold_whole: changes whether gradients are whole on all ranks.
+        masters: of narrow parameters, if they have any.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ShardedStates(States):
         layout: Layout | None = None,
         shards: GradientShards | None = None,
         hold_whole: Callable[[bool], None] | None = None,
+        masters: Masters | None = None,
     ) -> None:
         super().__init__(optimizer)
         self._shards = shards or GradientShards()
@@ -70,7 +71,8 @@ class ShardedStates(States):
         self._manner = manner_of(optimizer)
         if self._manner is Manner.UNKNOWN:
             logger.warning("%s is not torch's own: sharded by whole tensors", type(optimizer).__name__)
-        self._update: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
+        self._masters = masters
+        self._member_update = MemberUpdate(optimizer, masters)
         self._hooked_step = HookedStep(optimizer, self._step)
         self._layout = layout
         self._owned = Ownership({}, frozenset()) if layout is None else layout.ownership()
@@ -90,53 +92,26 @@ class ShardedStates(States):
         return self._hooked_step(*arguments, **keywords)
 
     def _step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        once: tuple[Any, ...] = ()
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            if self._manner is Manner.UNKNOWN:
-                once = (_once(loss),)
+        loss, arguments = self._member_update.evaluate(closure)
         with torch.no_grad():
             if self._keep_whole:
-                self._update(optimizer, *once)
+                self._member_update.update_whole(arguments)
                 return loss
-            parameters = self._parameters()
-            views = self._prepare(parameters)
-            self._update_members(views, once)
+            views = self._prepare(self._parameters())
+            self._update_members(views, arguments)
             views.share(self._channel())
         return loss
 
     def _update_members(self, views: Views, arguments: tuple[Any, ...]) -> None:
-        optimizer = self._optimizer
-        groups, state = optimizer.param_groups, optimizer.state
-        members = list(views.members.values())
-        piece_of = {id(m.parameter): m.tensor for m in members}
-        own_groups = [
-            {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
-            | {"params": [piece_of[id(p)] for p in group["params"] if id(p) in piece_of]}
-            for group in groups
-        ]
-        pieces = {m.parameter: m.tensor for m in members}
-        own_state: Any = defaultdict(dict, {pieces.get(key, key): value for key, value in state.items()})
         views.refresh()
-        kept = self._shards.kept()
-        for member in members:
-            member.take_gradient(kept.get(member.piece.index))
-        optimizer.param_groups, optimizer.state = own_groups, own_state
-        try:
-            self._update(optimizer, *arguments)
-        finally:
-            optimizer.param_groups, optimizer.state = groups, state
-            for member in members:
-                member.drop_gradient()
-        wholes = {m.tensor: m.parameter for m in members}
-        for key, value in own_state.items():
-            state[wholes.get(key, key)] = value
-        for group, own in zip(groups, own_groups, strict=True):
-            group.update((key, value) for key, value in own.items() if key != "params")
-        if not state and keeps_state(optimizer):
+        self._member_update.update(views.members.values(), self._shards.kept(), arguments)
+        if not self._optimizer.state and self._keeps_state():
             self._mark_in_use([p for p, has in zip(self._parameters(), self._had_gradient, strict=True) if has])
+
+    def _keeps_state(self) -> bool:
+        """Whether parameters that are updated have a state afterwards."""
+        masters = self._masters
+        return keeps_state(self._optimizer) or (masters is not None and any(map(masters.has_one, self._parameters())))
 
     def _mark_in_use(self, used: Sequence[torch.Tensor]) -> None:
         """Let the state of a rank that owns none of the parameters ``used`` not be empty, as it is on no other rank.
@@ -385,15 +360,3 @@ def _require_equal(whole: list[int | None]) -> None:
 
 def _sparse(gradients: Sequence[torch.Tensor | None]) -> set[int]:
     return {i for i, g in enumerate(gradients) if g is not None and g.layout is not torch.strided}
-
-
-def _once(loss: Any) -> Callable[[], Any]:
-    """A closure that returns ``loss``, and can do so once: other parameters than at first would be another loss."""
-    losses = [loss]
-
-    def closure() -> Any:
-        if not losses:
-            raise HeatoptError("a sharded update cannot evaluate its closure more often than once; use shard='none'")
-        return losses.pop()
-
-    return closure

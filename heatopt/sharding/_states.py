@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry"]
+__all__ = ["States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry", "uncast"]
 
 Wanted = Callable[[int, str, torch.Size], tuple[int, int] | None]
 """First and end element of what a rank takes of a state; None if it takes no state of that parameter.
@@ -151,3 +151,17 @@ def replace_entry(state: dict[str, Any], name: str, value: Any) -> None:
         return
     with torch.no_grad():
         present.copy_(as_state(name, value, present.shape))
+
+
+def uncast(loaded: Any, saved: Any) -> Any:
+    """``loaded``, what torch has made of ``saved``, with the tensors of ``saved`` where the dtypes differ."""
+    if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        for key in loaded:
+            if key in saved:
+                loaded[key] = uncast(loaded[key], saved[key])
+        return loaded
+    if isinstance(loaded, (list, tuple)) and isinstance(saved, (list, tuple)) and len(loaded) == len(saved):
+        return type(loaded)(uncast(one, other) for one, other in zip(loaded, saved, strict=True))
+    return loaded

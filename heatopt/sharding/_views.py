@@ -11,7 +11,7 @@ from heatopt.buckets import covers_its_memory, find_overlaps, gradient_dtype
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.sharding._partition import Block, Piece
 
-__all__ = ["Member", "Views"]
+__all__ = ["Member", "Views", "whole_members"]
 
 
 class Member:
@@ -29,23 +29,39 @@ class Member:
         self.tensor = tensor
         self._took = False
 
-    def take_gradient(self, kept: torch.Tensor | None) -> None:
-        """Show the update the piece's part of the gradient.
+    def gradient(self, kept: torch.Tensor | None) -> torch.Tensor | None:
+        """The piece's part of the gradient; None if there is none.
 
         Args:
             kept: that part, if it is all that there is on this rank; the gradient is whole otherwise.
         """
         gradient = self.parameter.grad
-        self._took = kept is not None or self.tensor is not self.parameter
-        if kept is not None:  # the model may have been converted since
-            self.tensor.grad = kept.to(self.tensor.device, gradient_dtype(self.parameter))
-        elif self._took and gradient is not None:
-            self.tensor.grad = gradient.detach().reshape(-1)[self.piece.start : self.piece.stop]
+        if kept is not None or gradient is None or self.tensor is self.parameter:
+            return gradient if kept is None else kept
+        return gradient.detach().reshape(-1)[self.piece.start : self.piece.stop]
 
-    def drop_gradient(self) -> None:
-        """Let go of it: whoever owns its memory counts the tensors in it."""
+    def take_gradient(self, kept: torch.Tensor | None) -> None:
+        """Show the update the piece's part of the gradient; ``kept`` as in :meth:`gradient`."""
+        self._took = kept is not None or self.tensor is not self.parameter
+        if self._took:
+            gradient = self.gradient(kept)
+            if kept is not None:  # the model may have been converted since
+                gradient = kept.to(self.tensor.device, gradient_dtype(self.parameter))
+            self.tensor.grad = gradient
+
+    def finish(self, state: Any) -> None:
+        """After the update: let go of the gradient, because whoever owns its memory counts the tensors in it.
+
+        Args:
+            state: the optimizer's, by parameter.
+        """
         if self._took:
             self.tensor.grad = None
+
+
+def whole_members(parameters: Sequence[torch.Tensor]) -> list[Member]:
+    """All ``parameters``, for an update of all of them by one rank."""
+    return [Member(p, Piece(0, index, 0, p.numel()), p) for index, p in enumerate(parameters)]
 
 
 class _Traffic:

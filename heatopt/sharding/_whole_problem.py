@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator
+from heatopt.sharding._masters import Masters
 from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, spans
 from heatopt.sharding._sharded import ShardedStates
 from heatopt.sharding._states import Wanted, copied, replace_entry
@@ -36,10 +37,11 @@ def sharded_states(
     layout: Any = None,
     shards: GradientShards | None = None,
     hold_whole: Callable[[bool], None] | None = None,
+    masters: Masters | None = None,
 ) -> ShardedStates:
     """The sharded states of any ``optimizer``; the arguments are those of :class:`ShardedStates`."""
     kind = WholeProblemStates if isinstance(optimizer, torch.optim.LBFGS) else ShardedStates
-    return kind(optimizer, channel, meet, layout, shards, hold_whole)
+    return kind(optimizer, channel, meet, layout, shards, hold_whole, masters)
 
 
 class WholeProblemStates(ShardedStates):
@@ -58,11 +60,11 @@ class WholeProblemStates(ShardedStates):
         with torch.no_grad():
             # torch refuses what has no closure, or several groups.
             if self._keep_whole or closure is None or len(optimizer.param_groups) != 1:
-                return self._update(optimizer, *(() if closure is None else (closure,)))
+                return self._member_update.torch_step(optimizer, *(() if closure is None else (closure,)))
             parameters = self._parameters()
             own = OwnPart(optimizer.param_groups, parameters)
             try:
-                loss = self._update(own, lambda: self._evaluate(closure, own, parameters))
+                loss = self._member_update.torch_step(own, lambda: self._evaluate(closure, own, parameters))
             finally:
                 if own.is_ready:
                     optimizer.state[parameters[0]].update(own.plain_state())

@@ -36,6 +36,9 @@ class SyncSettings:
     shard: str = "none"
     """What each rank keeps only a part of."""
 
+    master_dtype: torch.dtype | None = None
+    """Of the wider copies that updates of narrow parameters change; None: there are none."""
+
     def reduction(self, blocking: bool, divisor: int) -> ReduceOptions:
         """How a bucket is reduced."""
         return ReduceOptions(divisor, blocking, self.wire_dtype, self.reproducible)
@@ -51,4 +54,5 @@ class SyncSettings:
             ("reproducible", repr(self.reproducible)),
             ("fuse", repr(self.fuse)),
             ("shard", repr(self.shard)),
+            ("master_dtype", repr(self.master_dtype)),
         )

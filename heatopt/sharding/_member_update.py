@@ -1,0 +1,134 @@
+"""torch's own update of other tensors than the parameters: of pieces of them, of their masters.
+
+[Note: Updates of members]
+For the duration of an update the optimizer's groups list the members' tensors in the place of the parameters, and its
+state is keyed by them. An entry of the user's ``state`` is the same dictionary as that of the member. So every
+algorithm computes what it computes alone, in any form that torch has for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from heatopt.errors import HeatoptError
+from heatopt.sharding._declaration import Manner, manner_of
+from heatopt.sharding._inner_step import HookedStep
+from heatopt.sharding._masters import Masters
+from heatopt.sharding._views import Member, whole_members
+from heatopt.sync import outside_graphs
+
+__all__ = ["MemberStepper", "MemberUpdate"]
+
+_NOT_OPTIONS = ("params", "param_names")
+
+
+class MemberUpdate:
+    """Updates members by ``optimizer``; see [Note: Updates of members].
+
+    Args:
+        optimizer: the wrapped one.
+        masters: has the update change wider copies of narrow parameters; None if there are none.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, masters: Masters | None) -> None:
+        self._optimizer = optimizer
+        self._masters = masters
+        self.torch_step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
+        """The class's own step, without hooks, as a function of an optimizer and the arguments."""
+        self._takes_closure = manner_of(optimizer) is Manner.UNKNOWN
+
+    def evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, tuple[Any, ...]]:
+        """Call the closure, once, and return the loss, and the arguments of the update that is to follow."""
+        if closure is None:
+            return None, ()
+        with torch.enable_grad():
+            loss = closure()
+        return loss, (_once(loss),) if self._takes_closure else ()
+
+    def update_whole(self, arguments: tuple[Any, ...]) -> None:
+        """Update all parameters, as a rank that has all states does."""
+        if self._masters is None:
+            self.torch_step(self._optimizer, *arguments)
+        else:
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self.update(whole_members(parameters), {}, arguments)
+
+    def update(self, members: Iterable[Member], kept: Mapping[int, torch.Tensor], arguments: tuple[Any, ...]) -> None:
+        """Update ``members``.
+
+        Args:
+            members: those of this rank, at most one for each parameter.
+            kept: their parts of the gradients by parameter index, where those are not the parameters'.
+            arguments: of torch's step.
+        """
+        optimizer = self._optimizer
+        groups, state = optimizer.param_groups, optimizer.state
+        if self._masters is not None:
+            members = self._masters.take_places(members, kept, state)
+        members = list(members)
+        piece_of = {id(m.parameter): m.tensor for m in members}
+        own_groups = [
+            {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+            | {"params": [piece_of[id(p)] for p in group["params"] if id(p) in piece_of]}
+            for group in groups
+        ]
+        pieces = {m.parameter: m.tensor for m in members}
+        own_state: Any = defaultdict(dict, {pieces.get(key, key): value for key, value in state.items()})
+        for member in members:
+            member.take_gradient(kept.get(member.piece.index))
+        optimizer.param_groups, optimizer.state = own_groups, own_state
+        try:
+            self.torch_step(optimizer, *arguments)
+        finally:
+            optimizer.param_groups, optimizer.state = groups, state
+            wholes = {m.tensor: m.parameter for m in members}
+            for key, value in own_state.items():
+                state[wholes.get(key, key)] = value
+            for member in members:
+                member.finish(state)
+        for group, own in zip(groups, own_groups, strict=True):
+            group.update((key, value) for key, value in own.items() if key != "params")
+
+
+class MemberStepper:
+    """Its ``step`` does what ``optimizer.step`` does, with masters, on a rank that has all states.
+
+    Args:
+        optimizer: the wrapped one.
+        masters: of its narrow parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, masters: Masters) -> None:
+        self._update = MemberUpdate(optimizer, masters)
+        self._hooked_step = HookedStep(optimizer, self._step)
+
+    @outside_graphs
+    def step(self, *arguments: Any, **keywords: Any) -> Any:
+        """The same as ``optimizer.step``, its hooks included."""
+        return self._hooked_step(*arguments, **keywords)
+
+    def _step(self, optimizer: Any, closure: Callable[[], Any] | None = None) -> Any:
+        loss, arguments = self._update.evaluate(closure)
+        with torch.no_grad():
+            self._update.update_whole(arguments)
+        return loss
+
+
+def _once(loss: Any) -> Callable[[], Any]:
+    """A closure that returns ``loss``, and can do so once: other parameters than at first would be another loss."""
+    losses = [loss]
+
+    def closure() -> Any:
+        if not losses:
+            raise HeatoptError(
+                "an update that is sharded, or of master weights, cannot evaluate its closure more often than once; "
+                "use shard='none' and no master_dtype"
+            )
+        return losses.pop()
+
+    return closure
