@@ -28,7 +28,7 @@ from torch.optim import (
     swa_utils,
 )
 
-from heatopt import comm, errors, lr_scheduler
+from heatopt import comm, compat, errors, lr_scheduler
 from heatopt._version import __version__
 from heatopt.checkpoint import ResumableSampler, load, save
 from heatopt.comm import Communicator, world
@@ -45,6 +45,7 @@ from heatopt.optim import (
     DataParallelOptimizer,
     DetectMetricPlateau,
     DiLoCo,
+    FusedAdam,
     GradScaler,
     LocalSGD,
     SlowMo,
@@ -72,6 +73,7 @@ __all__ = [
     "DataParallelOptimizer",
     "DetectMetricPlateau",
     "DiLoCo",
+    "FusedAdam",
     "GradScaler",
     "HeatoptError",
     "LocalSGD",
@@ -90,6 +92,7 @@ __all__ = [
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "comm",
+    "compat",
     "errors",
     "load",
     "lr_scheduler",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy
 import torch
 
 from heatopt.comm import Communicator, world
@@ -211,6 +212,16 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     # torch would wrap `step` with its profiling and its global hooks, which the wrapped optimizer's step runs already.
     step.hooked = True  # type: ignore[attr-defined]
 
+    def minimize(self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None) -> torch.Tensor:
+        """``zero_grad()``, backward of ``loss`` (by ``grad_loss``; for ``var_list``) and ``step()``. Collective.
+
+        Returns this rank's loss, without its graph. Not for algorithms that need a closure.
+        """
+        self.zero_grad()
+        torch.autograd.backward(loss, grad_loss, inputs=var_list)
+        self.step()
+        return loss.detach()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
         self._gradients.clear(set_to_none)
@@ -358,7 +369,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     @outside_graphs
     def set_states(self, param: torch.Tensor, name: str, value: Any) -> None:
         """Replace one entry of a parameter's whole state, with the same value on all ranks. Collective if sharded."""
-        self._states.set(param, name, value)
+        self._states.set(param, name, torch.as_tensor(value) if isinstance(value, numpy.ndarray) else value)
 
     # Copies
 

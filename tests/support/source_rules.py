@@ -39,7 +39,7 @@ LAYERS = (
     ("heatopt.local",),
     ("heatopt.checkpoint",),
     ("heatopt.optim",),
-    ("heatopt", "heatopt.lr_scheduler", "heatopt.cli", "heatopt.__main__"),
+    ("heatopt", "heatopt.lr_scheduler", "heatopt.compat", "heatopt.cli", "heatopt.__main__"),
 )
 
 # Libraries that start things or that are optional: for the communicators alone, and not before one is made.
@@ -85,6 +85,9 @@ METHODS_WITH_MANY_SETTINGS: dict[str, str] = {
     "heatopt.optim._local_methods.LocalSGD.__init__": "the settings of all local methods",
     "heatopt.optim._local_methods.SlowMo.__init__": "the paper's numbers beside those of all local methods",
 }
+
+# Here constructors have the parameters that other systems, or torch, have given them.
+FOREIGN_SIGNATURES = ("heatopt.compat.", "heatopt.optim._fused_adam.")
 
 # Parameters of a public constructor that may be given by position.
 MAX_POSITIONAL = 2
@@ -358,6 +361,8 @@ def long_signatures(module: str, source: str) -> list[str]:
     """Functions with too many parameters, or with many and no reason."""
     found = []
     for name, function, is_method in functions_of(module, source):
+        if function.name == "__init__" and name.startswith(FOREIGN_SIGNATURES):
+            continue
         count = len(named_parameters(function, is_method))
         if name in METHODS_WITH_MANY_SETTINGS:
             continue
@@ -374,6 +379,8 @@ def positional_constructors(module: str, source: str, public: Iterable[str] = PU
     for name, function, is_method in functions_of(module, source):
         owner = name.rpartition(".")[0]
         if function.name != "__init__" or not is_method or owner.rpartition(".")[2] not in public:
+            continue
+        if name.startswith(FOREIGN_SIGNATURES):
             continue
         count = len(named_parameters(function, True)) - len(function.args.kwonlyargs)
         if count > MAX_POSITIONAL and owner not in CONSTRUCTORS_WITH_MORE:
