@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import heatopt
-from heatopt import comm, errors, lr_scheduler
+from heatopt import comm, compat, errors, lr_scheduler
 from tests.support.launch import LAUNCH, REPOSITORY
 from tests.support.source_rules import SOURCES, exported
 
@@ -90,6 +90,7 @@ SCHEDULER_NAMES = {
 STARTS_MPI = {"MPICommunicator"}
 
 MODULES = (heatopt, comm, errors, lr_scheduler)
+COMPAT = (compat.hetu, compat.npu, compat.singa)
 
 
 def module_id(module: ModuleType) -> str:
@@ -104,7 +105,7 @@ def test_all_is_sorted_and_without_repetition(module: ModuleType) -> None:
     assert module.__all__ == sorted(set(module.__all__))
 
 
-@pytest.mark.parametrize("module", MODULES, ids=module_id)
+@pytest.mark.parametrize("module", [*MODULES, compat, *COMPAT], ids=module_id)
 def test_dir_has_the_public_names_and_no_other(module: ModuleType) -> None:
     # `from __future__ import annotations` leaves a name behind.
     public = {name for name in dir(module) if not name.startswith("_")} - {"annotations"}
@@ -121,6 +122,15 @@ def test_names_of_comm() -> None:
 
 def test_names_of_lr_scheduler() -> None:
     assert set(lr_scheduler.__all__) == SCHEDULER_NAMES | set(torch.optim.lr_scheduler.__all__)
+
+
+def test_names_of_compat() -> None:
+    assert set(compat.hetu.__all__) == {"AdamOptimizer", "GradScaler", "SGDOptimizer"}
+    assert compat.npu.NpuFusedAdam is heatopt.FusedAdam
+    algorithms = {"AdaGrad", "Adam", "RMSProp", "SGD"}
+    assert set(compat.singa.__all__) == algorithms | {"Constant", "DistOpt", "ExponentialDecay", "Model"}
+    for name in ("Constant", "ExponentialDecay"):
+        assert getattr(compat.singa, name) is getattr(lr_scheduler, name)
 
 
 def test_names_of_errors() -> None:
@@ -272,6 +282,8 @@ def api_page() -> str:
         *(f"heatopt.errors.{name}" for name in errors.__all__),
         *(f"heatopt.comm.{name}" for name in sorted(COMM_NAMES - {"Communicator", "world"})),
         *(f"heatopt.lr_scheduler.{name}" for name in sorted(SCHEDULER_NAMES)),
+        *(f"heatopt.compat.hetu.{name}" for name in compat.hetu.__all__),
+        *(f"heatopt.compat.singa.{name}" for name in sorted(set(compat.singa.__all__) - SCHEDULER_NAMES)),
     ],
 )
 def test_own_name_is_documented(name: str) -> None:
@@ -292,13 +304,13 @@ def test_torch_name_is_listed_with_a_link(name: str) -> None:
 def test_api_page_has_no_name_that_does_not_exist() -> None:
     for name in re.findall(r"^::: (\S+)$", api_page(), flags=re.MULTILINE):
         module_, _, attribute = name.rpartition(".")
-        module = {m.__name__: m for m in MODULES}[module_]
+        module = {m.__name__: m for m in (*MODULES, *COMPAT)}[module_]
         assert attribute in module.__all__
 
 
 def own_objects() -> Iterator[tuple[str, Any]]:
     """Every public object of heatopt and the public members of its classes."""
-    for module in (heatopt, comm, errors, lr_scheduler):
+    for module in (*MODULES, compat, *COMPAT):
         yield module.__name__, module
         for name in module.__all__:
             if name in STARTS_MPI or name.startswith("_"):

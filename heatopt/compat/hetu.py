@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,14 +21,13 @@ from heatopt.optim import GradScaler as _GradScaler
 
 __all__ = ["AdamOptimizer", "GradScaler", "SGDOptimizer"]
 
-_ADAM_STATES = {"mean": "exp_avg", "variance": "exp_avg_sq"}
-
 
 class _Optimizer(LateOptimizer):
     """What Hetu's optimizers have in common."""
 
     _rate: WarmupDecay
-    _names: dict[str, str]  # Hetu's name of a state: torch's
+    _names: ClassVar[dict[str, str]] = {}
+    """Hetu's name of a state: torch's."""
 
     @property
     def learning_rate(self) -> float:
@@ -112,7 +111,7 @@ class AdamOptimizer(_Optimizer):
         ValueError: a number out of its range, or an unknown style.
     """
 
-    _names = _ADAM_STATES
+    _names: ClassVar[dict[str, str]] = {"mean": "exp_avg", "variance": "exp_avg_sq"}
 
     def __init__(
         self,
@@ -169,8 +168,6 @@ class SGDOptimizer(_Optimizer):
         TypeError: an argument of the wrong type, or an unknown keyword.
         ValueError: a number out of its range, another style, or momentum with a warm-up.
     """
-
-    _names: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(
         self,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import zip_longest
+from operator import is_
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ class FusedAdam(DataParallelOptimizer):
 
     * Other data (``model.cpu()``, ``model.half()``, ``p.data = other``): it moves into flat memory again, and its state
       follows it to its dtype and device. Data of another shape than the state: ValueError.
-    * Another parameter, or None, in ``param_groups``: a new parameter starts without state; None raises TypeError.
+    * Another parameter, or None, in ``param_groups``: ValueError. New ones come by :meth:`add_param_group`.
     * Another parameter, or None, in the module (``module.weight = nn.Parameter(...)``): ValueError that names it, if
       ``model`` was given. Without it that cannot be seen, as with torch's Adam: the old parameter gets no gradients.
 
@@ -48,6 +50,7 @@ class FusedAdam(DataParallelOptimizer):
 
     _model: Any = None  # weak: an optimizer keeps no module alive; None where there is none, and in copies
     _places: Sequence[_Place] = ()
+    _known: Sequence[Any] | None = None  # the parameters; in a copy None, until its first step
     _addresses: Sequence[int] = ()  # of the parameters, at the last step
 
     def __init__(
@@ -62,14 +65,14 @@ class FusedAdam(DataParallelOptimizer):
     ) -> None:
         adam = torch.optim.Adam(params, lr, betas, eps, weight_decay, amsgrad)
         super().__init__(adam, fuse=True, **options)
+        self._known = self._parameters()
         if options.get("model") is not None:
             self._model = weakref.ref(options["model"])
             self._places = self._find_places(options["model"])
 
     def step(self, closure: Closure | None = None) -> Any:
         parameters = self._parameters()
-        if any(parameter is None for parameter in parameters):
-            raise TypeError("a parameter of the groups is None; take it out of its group, or put a parameter there")
+        self._check_groups(parameters)
         addresses = list(map(torch.Tensor.data_ptr, parameters))
         if addresses != self._addresses:
             for position, parameter in enumerate(parameters):
@@ -83,8 +86,23 @@ class FusedAdam(DataParallelOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        self._known = self._parameters()
         if self._model is not None and self._model() is not None:
             self._places = self._find_places(self._model())
+
+    def _check_groups(self, parameters: Sequence[Any]) -> None:
+        """Raise ValueError unless the groups hold the very parameters that ranks have agreed on."""
+        if self._known is None:
+            self._known = parameters
+        if len(parameters) == len(self._known) and all(map(is_, parameters, self._known)):
+            return
+        pairs = zip_longest(parameters, self._known, fillvalue="no parameter any more")
+        position, found = next((number, found) for number, (found, known) in enumerate(pairs) if found is not known)
+        kind = "another tensor" if isinstance(found, torch.Tensor) else str(found)
+        raise ValueError(
+            f"parameter {position} of the groups is {kind}, and not the one that this optimizer was made with: write "
+            "p.data = value to change a parameter, call add_param_group() for a new one, or make a new optimizer"
+        )
 
     def _fit_state(self, position: int, parameter: torch.Tensor) -> None:
         """Take the state along to the parameter's present dtype and device."""

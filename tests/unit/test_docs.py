@@ -21,7 +21,7 @@ from tests.support.ranks import Ranks
 PAGES = ("README.md", *sorted(str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / "docs").rglob("*.md")))
 
 # Blocks with one of these titles show how it is done with another library; they are read, not run.
-OTHER_LIBRARIES = ("Heat", "Horovod", "DDP")
+OTHER_LIBRARIES = ("Heat", "Horovod", "DDP", "Hetu", "SINGA", "torch_npu")
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```python(?P<options>[^\n]*)\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
@@ -91,7 +91,14 @@ def test_examples_run(
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("README.md", 1), ("docs/index.md", 7), ("docs/coming_from.md", 3), ("docs/sharp_bits.md", 5)]
+    ("page", "least"),
+    [
+        ("README.md", 1),
+        ("docs/index.md", 7),
+        ("docs/coming_from.md", 3),
+        ("docs/sharp_bits.md", 5),
+        ("docs/coming_from_others.md", 3),
+    ],
 )
 def test_examples_are_found(page: str, least: int) -> None:
     assert sum(block.runs for block in blocks_of(page)) >= least
@@ -145,6 +152,34 @@ def test_quick_start_prints_the_same_on_two_ranks(
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == losses
+
+
+@pytest.mark.parametrize("system", ["hetu", "singa", "npu"])
+def test_scripts_of_other_systems_print_the_same_on_four_ranks(system: str, tmp_path: Path) -> None:
+    (block,) = (b for b in blocks_of("docs/coming_from_others.md") if b.title == f"heatopt: {system}.py")
+    script = tmp_path / "script_of_the_page.py"  # not by its own name, which is that of a module that it imports from
+    script.write_text(block.code)
+    try:
+        launcher = launch_command("mpi", 4)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    printed = []
+    for command in ([sys.executable], launcher):
+        result = subprocess.run(
+            [*command, str(script)],
+            cwd=tmp_path,
+            env=child_environment(PYTHONPATH=path),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert result.returncode == 0, result.stderr
+        printed.append([float(line) for line in result.stdout.split()])
+    alone, together = printed
+    assert len(alone) >= 6
+    assert alone[-1] < alone[0]
+    assert together == pytest.approx(alone, rel=1e-4)
 
 
 # Links and names
