@@ -98,8 +98,8 @@ class SGD(_Optimizer):
 class RMSProp(_Optimizer):
     """RMSprop that divides by the root of (average + epsilon), where torch's adds epsilon to the root.
 
-    So this is no :class:`torch.optim.RMSprop`. Sharded, it is divided by whole tensors; fused it cannot be. Options: see
-    :class:`Adam`.
+    So this is no :class:`torch.optim.RMSprop`. Sharded, it is divided by whole tensors; fused it cannot be. Options:
+    see :class:`Adam`.
     """
 
     def __init__(
