@@ -68,7 +68,7 @@ class LateOptimizer:
             )
         self._make = make
         self._schedules = schedules
-        self._options = options
+        self._options = dict(options)
         self._expected: torch.nn.Module | None = None
         self._wrapped: DataParallelOptimizer | None = None
         self._scheduler: ParamScheduler | None = None
@@ -101,8 +101,17 @@ class LateOptimizer:
         return self._wrapped is not None
 
     def add_options(self, **options: Any) -> None:
-        """Options beside those that the user chose, which take precedence."""
-        self._options = {**options, **self._options}
+        """Options beside those that the user chose; None for one that is left to it.
+
+        Raises:
+            ValueError: the user has chosen one of them.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given.keys() & self._options.keys():
+            raise ValueError(
+                f"{name} is given to this optimizer, and to what it is used by: leave it out of one of them"
+            )
+        self._options.update(given)
 
     def expect(self, model: torch.nn.Module) -> None:
         """At the first loss, take the parameters from this module."""

@@ -177,7 +177,7 @@ class DistOpt:
 
     Raises:
         TypeError: ``opt`` is none.
-        ValueError: ``opt`` has parameters already.
+        ValueError: ``opt`` has parameters, or a ``comm``, already.
     """
 
     def __init__(self, opt: _Optimizer | None = None, *, comm: Communicator | None = None) -> None:
@@ -188,6 +188,7 @@ class DistOpt:
             raise ValueError("opt has parameters already; give DistOpt a new one")
         self.opt = opt
         self._comm = world() if comm is None else comm
+        opt.add_options(comm=self._comm)
         self._mode: dict[str, Any] | None = None
 
     @property
@@ -258,7 +259,7 @@ class DistOpt:
         mode = {"threshold": threshold, "wire_dtype": wire_dtype}
         if self._mode is None:
             bucket_mb = None if threshold is None else threshold * 4 / 2**20
-            self.opt.add_options(comm=self._comm, bucket_mb=bucket_mb, wire_dtype=wire_dtype)
+            self.opt.add_options(bucket_mb=bucket_mb, wire_dtype=wire_dtype)
             self._mode = mode
         elif self._mode != mode:
             raise ValueError(f"this DistOpt has been used with {self._mode}, and now with {mode}; make another one")

@@ -17,12 +17,13 @@ from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
+from heatopt.optim._wrapper import WrappedObjects
 from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, outside_graphs, start_equal
 
 __all__ = ["DataParallelOptimizer"]
 
 
-class DataParallelOptimizer(torch.optim.Optimizer):
+class DataParallelOptimizer(WrappedObjects):
     r"""Make ``torch_optimizer`` data-parallel: every rank sees the gradients' mean over all ranks.
 
     .. math:: g_t = \frac{1}{P} \sum_{r=0}^{P-1} \nabla f(x_{t}; B_{r,t}), \qquad x_{t+1} = \text{step}(x_t, g_t)
@@ -128,7 +129,7 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         settings: SyncSettings,
         copied: tuple[Any, Any] = (None, None),
     ) -> None:
-        """Set every attribute. torch's own constructor is not called: it would add the parameter groups again."""
+        """Set every attribute."""
         self.torch_optimizer = torch_optimizer
         """The wrapped optimizer."""
         self._comm = comm
@@ -140,40 +141,8 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         self._gradients, self._shards, self._states, self._stepper = assemble(
             torch_optimizer, comm, names, settings, *copied
         )
-        super().__setstate__({})  # hooks' dictionaries and torch's profiling
+        self._prepare_hooks()
         claim(self._parameters(), self)
-
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    # The wrapped optimizer's own objects, always.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups, the very list."""
-        return self.torch_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.torch_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state, the very dictionary."""
-        return self.torch_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.torch_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults, the very dictionary."""
-        return self.torch_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.torch_optimizer.defaults = value
 
     # Training
 
@@ -213,9 +182,17 @@ class DataParallelOptimizer(torch.optim.Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def minimize(self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None) -> torch.Tensor:
-        """``zero_grad()``, backward of ``loss`` (by ``grad_loss``; for ``var_list``) and ``step()``. Collective.
+        """Take one step by the averaged gradients of ``loss`` alone: those that were there before are cleared. Collective.
 
-        Returns this rank's loss, without its graph. Not for algorithms that need a closure.
+        The same as ``zero_grad()``, ``loss.backward()`` and ``step()``. Not for algorithms that need a closure.
+
+        Args:
+            loss: of this rank.
+            var_list: parameters that get a gradient; default: all that the loss depends on.
+            grad_loss: the gradient with respect to the loss, by default 1.
+
+        Returns:
+            The loss, without its graph. The gradients are left in ``p.grad``.
         """
         self.zero_grad()
         torch.autograd.backward(loss, grad_loss, inputs=var_list)
@@ -397,12 +374,6 @@ class DataParallelOptimizer(torch.optim.Optimizer):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
         self._assemble(optimizer, comm, names, state["settings"], (state["layout"], state["gradients"]))
-
-    def __getattr__(self, name: str) -> Any:
-        # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.
-        inner = self.__dict__.get("torch_optimizer")
-        hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(ranks={self._comm.size}, {self.torch_optimizer!r})"

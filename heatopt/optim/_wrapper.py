@@ -10,10 +10,10 @@ import torch
 from heatopt.optim._closures import Closure
 from heatopt.sync import outside_graphs
 
-__all__ = ["OptimizerWrapper"]
+__all__ = ["OptimizerWrapper", "WrappedObjects"]
 
 
-class OptimizerWrapper(torch.optim.Optimizer):
+class WrappedObjects(torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose groups, state and defaults are those of ``torch_optimizer``.
 
     torch's own constructor is not called: it would add the parameter groups again. A subclass sets ``torch_optimizer``
@@ -54,6 +54,16 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
         self.torch_optimizer.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.
+        inner = self.__dict__.get("torch_optimizer")
+        hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+
+class OptimizerWrapper(WrappedObjects):
+    """One whose calls run torch's hooks around the method's own part of them."""
 
     @abstractmethod
     def _update(self, *arguments: Any, **keywords: Any) -> Any:
@@ -110,9 +120,3 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._take_state(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def __getattr__(self, name: str) -> Any:
-        # Nothing is forwarded: what torch or a framework asks a wrapper for, the wrapper must be able to keep.
-        inner = self.__dict__.get("torch_optimizer")
-        hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")

@@ -243,6 +243,21 @@ def test_threshold_is_the_size_of_a_bucket(ranks: Ranks) -> None:
     ranks(body)
 
 
+def test_options_are_given_once(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        with pytest.raises(ValueError, match="comm is given to this optimizer, and to what it is used by"):
+            singa.DistOpt(singa.SGD(comm=comm), comm=comm)
+        model = net()
+        dist = singa.DistOpt(singa.SGD(wire_dtype=torch.bfloat16, bucket_mb=TINY), comm=comm)
+        loss = loss_of(model, batch(0, comm.rank))
+        with pytest.raises(ValueError, match="wire_dtype is given"):
+            dist.backward_and_update_half(loss)
+        dist.backward_and_update(loss)
+        assert dist.opt.wrapped._settings.wire_dtype is torch.bfloat16
+
+    ranks(body)
+
+
 def test_ranks_of_dist_opt(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         dist = singa.DistOpt(comm=comm)
