@@ -182,7 +182,7 @@ class DataParallelOptimizer(WrappedObjects):
     step.hooked = True  # type: ignore[attr-defined]
 
     def minimize(self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None) -> torch.Tensor:
-        """Take one step by the averaged gradients of ``loss`` alone: those that were there before are cleared. Collective.
+        """Take one step by the averaged gradients of ``loss`` alone; those from before are cleared. Collective.
 
         The same as ``zero_grad()``, ``loss.backward()`` and ``step()``. Not for algorithms that need a closure.
 
