@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -72,11 +73,20 @@ class GradientPlan:
 
     def require_known(self) -> None:
         """Raise unless the groups hold the parameters that they held when the plan was made."""
-        count = sum(len(group["params"]) for group in self._groups())
-        if count != len(self.parameters):
+        found = [parameter for group in self._groups() for parameter in group["params"]]
+        if len(found) != len(self.parameters):
             raise HeatoptError(
-                f"the parameter groups have {count} parameters, but {len(self.parameters)} are synchronised: some were "
-                "added to or removed from the wrapped optimizer itself; use the DataParallelOptimizer's add_param_group"
+                f"the parameter groups have {len(found)} parameters, but {len(self.parameters)} are synchronised: some "
+                "were added to or removed from the wrapped optimizer itself; use the DataParallelOptimizer's "
+                "add_param_group"
+            )
+        if not all(map(is_, found, self.parameters)):
+            exchanged = [
+                name for p, known, name in zip(found, self.parameters, self.names, strict=True) if p is not known
+            ]
+            raise HeatoptError(
+                f"{exchanged[0]} in the parameter groups is not the tensor that is synchronised: it was exchanged by "
+                "hand; assign to the parameter's data instead, or make a new DataParallelOptimizer"
             )
 
     def trainable(self) -> list[int]:

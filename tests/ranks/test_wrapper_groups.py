@@ -156,3 +156,25 @@ def test_t15_parameters_added_behind_the_wrappers_back(ranks: Ranks, how: str) -
         assert_ranks_equal(comm, model, extra)
 
     ranks(body)
+
+
+@pytest.mark.parametrize("shard", ["none", "state"])
+def test_a_parameter_exchanged_behind_the_wrappers_back(ranks: Ranks, shard: str) -> None:
+    """It has no hook and no place in a bucket: refused, and not trained apart on each rank."""
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        optimizer = wrap(comm, sgd, model, shard=shard)
+        train(optimizer, model, [batch(0, comm.rank)])
+        other = nn.Parameter(torch.ones_like(model[0].weight))
+        index = next(i for i, p in enumerate(optimizer.param_groups[0]["params"]) if p is model[0].weight)
+        optimizer.param_groups[0]["params"][index] = other
+        other.grad = torch.full_like(other, comm.rank + 1.0)
+        if comm.size == 1:
+            optimizer.step()  # nobody to be apart from
+            return
+        with pytest.raises(heatopt.HeatoptError, match=r"0\.weight in the parameter groups is not the tensor"):
+            optimizer.step()
+        assert_equal(other, torch.ones_like(other))
+
+    ranks(body)
