@@ -11,7 +11,15 @@ import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
 
-__all__ = ["SMALL_BYTES", "Bucket", "GradientBucket", "covers_its_memory", "find_overlaps", "strides_of_gradient"]
+__all__ = [
+    "SMALL_BYTES",
+    "Bucket",
+    "GradientBucket",
+    "covers_its_memory",
+    "find_overlaps",
+    "scale_in_place",
+    "strides_of_gradient",
+]
 
 SMALL_BYTES = 256 * 1024
 """Gradients below this are moved many at once, which is cheaper than a call for each."""
@@ -76,8 +84,16 @@ class GradientBucket(ABC):
         """Contribute neither gradients nor flags: this rank has no more data."""
 
     @abstractmethod
-    def reveal(self) -> None:
-        """Take over what the reduction has left in the memory."""
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients that have been packed; 0 makes zeros of all values."""
+
+    @abstractmethod
+    def reveal(self, weight: float = 0.0) -> None:
+        """Take over what the reduction has left in the memory.
+
+        Args:
+            weight: that of the mean which the reduction has formed; 0 without weights.
+        """
 
     @abstractmethod
     def has_foreign_gradients(self) -> bool:
@@ -228,7 +244,11 @@ class Bucket(GradientBucket):
         self.memory.zero_()
         self._present = [False] * len(self._present)
 
-    def reveal(self) -> None:
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients that have been packed; 0 makes zeros of all values."""
+        scale_in_place(self.memory[: self.plan.flags_offset], factor)
+
+    def reveal(self, weight: float = 0.0) -> None:
         """Make the memory's content the gradients: a view where any rank had a gradient, else ``None``.
 
         What backward delivered since :meth:`pack` is added, as a further local contribution.
@@ -271,6 +291,15 @@ class Bucket(GradientBucket):
             if self._versions is not None and gradient._version != self._versions[position]:
                 return True
         return False
+
+
+def scale_in_place(values: torch.Tensor, factor: float) -> None:
+    """Multiply by a real number; 0 makes zeros of all values."""
+    if factor:
+        # Real and imaginary parts each: a complex product would make NaN of an infinite one.
+        (torch.view_as_real(values) if values.is_complex() else values).mul_(factor)
+    else:
+        values.zero_()
 
 
 def strides_of_gradient(parameter: torch.Tensor) -> tuple[int, ...]:

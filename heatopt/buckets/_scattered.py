@@ -18,7 +18,7 @@ from itertools import accumulate
 
 import torch
 
-from heatopt.buckets._bucket import GradientBucket, strides_of_gradient
+from heatopt.buckets._bucket import GradientBucket, scale_in_place, strides_of_gradient
 from heatopt.buckets._layout import BucketPlan, Piece, aligned
 
 __all__ = ["RowPlan", "ScatteredBucket", "plan_rows"]
@@ -92,6 +92,7 @@ class ScatteredBucket(GradientBucket):
         self._own_flags = self._all_flags[rank]
         self._own = [number for number, piece in enumerate(rows.pieces) if piece.rank == rank]
         start = rows.bounds[rank]
+        self._kept_weight = 0.0  # of the mean that is kept; 0 without weights
         self._kept_memory = memory.new_zeros(rows.flags[rank] - start)
         self._kept = [
             self._view(self._kept_memory, rows.offsets[number] - start, number, as_parameter=not rows.flat)
@@ -133,9 +134,11 @@ class ScatteredBucket(GradientBucket):
     def clear(self) -> None:
         """Forget what is kept."""
         self.present = [False] * len(self.present)
+        self._kept_weight = 0.0
 
     def zero(self) -> None:
         """Let what is kept be zeros."""
+        self._kept_weight = 0.0
         self._kept_memory.zero_()
 
     def adopt(self, position: int, gradient: torch.Tensor) -> None:
@@ -185,8 +188,19 @@ class ScatteredBucket(GradientBucket):
             place.zero_()
         self._present = [False] * len(self._present)
 
-    def reveal(self) -> None:
-        """Add this rank's row of the result to what it keeps."""
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients that have been packed; 0 makes zeros of all values."""
+        for place in self._places:
+            scale_in_place(place, factor)
+
+    def reveal(self, weight: float = 0.0) -> None:
+        """Add this rank's row of the result to what it keeps.
+
+        With weights the row is the new samples' part of the mean over all, and what is kept shrinks to the others'.
+        """
+        if weight and self._kept_weight not in (0.0, weight):
+            scale_in_place(self._kept_memory, self._kept_weight / weight)
+        self._kept_weight = weight
         flags = self._present if all(self._present) else (self._own_flags != 0).tolist()
         fresh: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         further: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])

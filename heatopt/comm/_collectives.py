@@ -56,7 +56,7 @@ def reduce_flat(
     comm: Transport,
     flat: torch.Tensor,
     op: str,
-    divisor: int,
+    divisor: float,
     blocking: bool,
     wire_dtype: torch.dtype | None = None,
 ) -> Steps[None]:
@@ -94,12 +94,12 @@ def _narrowed(flat: torch.Tensor, wire_dtype: torch.dtype | None) -> torch.Tenso
     return flat.to(wire_dtype)
 
 
-def _divide(tensor: torch.Tensor, divisor: int) -> None:
+def _divide(tensor: torch.Tensor, divisor: float) -> None:
     if divisor != 1:
         tensor.div_(divisor)
 
 
-def _combine(parts: torch.Tensor, op: str, divisor: int) -> torch.Tensor:
+def _combine(parts: torch.Tensor, op: str, divisor: float) -> torch.Tensor:
     """Reduce ``parts`` (ranks x elements) over its first dimension, in rank order, rounding once."""
     dtype = parts.dtype
     total = parts[0].to(torch.float32) if dtype in _HALF else parts[0].clone()
@@ -114,13 +114,13 @@ def _combine(parts: torch.Tensor, op: str, divisor: int) -> torch.Tensor:
     return total.to(dtype)
 
 
-def _reduce_by_gather(comm: Transport, part: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
+def _reduce_by_gather(comm: Transport, part: torch.Tensor, op: str, divisor: float, blocking: bool) -> Steps[None]:
     gathered = part.new_empty((comm.size, part.numel()))
     yield comm._all_gather(part, gathered, 0, blocking)
     part.copy_(_combine(gathered, op, divisor))
 
 
-def _reduce_by_owners(comm: Transport, part: torch.Tensor, op: str, divisor: int, blocking: bool) -> Steps[None]:
+def _reduce_by_owners(comm: Transport, part: torch.Tensor, op: str, divisor: float, blocking: bool) -> Steps[None]:
     count = -(-part.numel() // comm.size)
     padded = part
     if count * comm.size != part.numel():
@@ -135,7 +135,7 @@ def _reduce_by_owners(comm: Transport, part: torch.Tensor, op: str, divisor: int
 
 
 def reduce_scatter_rows(
-    comm: Transport, rows: torch.Tensor, op: str, divisor: int, blocking: bool
+    comm: Transport, rows: torch.Tensor, op: str, divisor: float, blocking: bool
 ) -> Steps[torch.Tensor]:
     """Reduce ``rows`` (size x elements, contiguous) and return this rank's row."""
     values = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
@@ -155,7 +155,7 @@ def reduce_scatter_parts(
     comm: Transport,
     flat: torch.Tensor,
     lengths: Sequence[int],
-    divisor: int,
+    divisor: float,
     blocking: bool,
     wire_dtype: torch.dtype | None = None,
 ) -> Steps[torch.Tensor]:

@@ -46,7 +46,7 @@ class BucketMemory:
 class ReduceOptions:
     """How buckets are reduced; equal on all ranks."""
 
-    divisor: int
+    divisor: float
     """What the sum is divided by."""
     blocking: bool
     """Complete before returning."""

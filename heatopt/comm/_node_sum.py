@@ -29,7 +29,7 @@ def slice_bounds(numel: int, owner: int, owners: int) -> tuple[int, int]:
     return min(owner * per_owner, numel), min((owner + 1) * per_owner, numel)
 
 
-def sum_slice(segments: list[torch.Tensor], start: int, stop: int, divisor: int) -> None:
+def sum_slice(segments: list[torch.Tensor], start: int, stop: int, divisor: float) -> None:
     """Replace elements ``start:stop`` of all segments by their sum, in order, over ``divisor``, rounded once."""
     step = _BLOCK_BYTES // segments[0].element_size()
     for first in range(start, stop, step):
@@ -40,7 +40,7 @@ def sum_slice(segments: list[torch.Tensor], start: int, stop: int, divisor: int)
         spread(total, parts)
 
 
-def sum_to(target: torch.Tensor, parts: list[torch.Tensor], divisor: int) -> None:
+def sum_to(target: torch.Tensor, parts: list[torch.Tensor], divisor: float) -> None:
     """Write the sum of ``parts``, in order, over ``divisor``, rounded once, to ``target``, which may be one of them.
 
     Nothing else is written, so the lines of the others' memory stay in their caches.

@@ -32,9 +32,11 @@ from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, Send, 
 from heatopt.local._settings import LocalSettings
 from heatopt.local._subject import Subject
 from heatopt.sync import (
+    NO_WEIGHT,
     Call,
     Coordinator,
     Fingerprint,
+    Mean,
     OwnedOptions,
     Row,
     broadcast_tensors,
@@ -92,7 +94,11 @@ class LocalEngine:
     def pending_mask(self) -> int:
         return 0  # gradients are not this member's
 
-    def run_round(self, mask: int, divisor: int) -> None:
+    @property
+    def weight_word(self) -> float:
+        return NO_WEIGHT
+
+    def run_round(self, mask: int, mean: Mean) -> None:
         pass
 
     def replan(self) -> None:

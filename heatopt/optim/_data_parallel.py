@@ -13,17 +13,25 @@ import torch
 from heatopt.comm import Communicator, world
 from heatopt.optim._arguments import check_arguments, listed_once, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
-from heatopt.optim._closures import Closure, averaged
+from heatopt.optim._closures import Closure, step_with_hooks
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
-from heatopt.optim._wrapper import WrappedObjects
-from heatopt.sync import Call, SyncSettings, broadcast_state, broadcast_tensors, outside_graphs, start_equal
+from heatopt.optim._weighted import WeightedSamples
+from heatopt.sync import (
+    Call,
+    SyncSettings,
+    broadcast_state,
+    broadcast_tensors,
+    check_weight,
+    outside_graphs,
+    start_equal,
+)
 
 __all__ = ["DataParallelOptimizer"]
 
 
-class DataParallelOptimizer(WrappedObjects):
+class DataParallelOptimizer(WeightedSamples):
     r"""Make ``torch_optimizer`` data-parallel: every rank sees the gradients' mean over all ranks.
 
     .. math:: g_t = \frac{1}{P} \sum_{r=0}^{P-1} \nabla f(x_{t}; B_{r,t}), \qquad x_{t+1} = \text{step}(x_t, g_t)
@@ -131,7 +139,6 @@ class DataParallelOptimizer(WrappedObjects):
     ) -> None:
         """Set every attribute."""
         self.torch_optimizer = torch_optimizer
-        """The wrapped optimizer."""
         self._comm = comm
         self._names = names
         self._settings = settings
@@ -146,37 +153,38 @@ class DataParallelOptimizer(WrappedObjects):
 
     # Training
 
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, *, weight: float | None = None) -> Any:
         """Update the parameters with the averaged gradients. Collective.
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss (a number, a
                 tensor of one element, or None). It is called as often as the wrapped algorithm calls it; the algorithm
                 sees averaged gradients and the mean of the loss over ranks.
+            weight: of gradients that were set by hand, or are local yet: the number of samples or tokens, at least 0,
+                that they are means over on this rank (0: they count as zeros). To be given by all ranks or by none. For
+                what ``backward()`` synchronises, and in closures, there is :meth:`weight`.
 
         Returns:
             What the wrapped optimizer returns: with a closure the mean of the loss over ranks, otherwise None.
 
         Raises:
-            RankMismatchError: other ranks are in another call, or their groups have other options (learning rate, ...).
+            RankMismatchError: other ranks are in another call, their groups have other options (learning rate, ...),
+                or some have given a weight and others have not.
+            TypeError: the weight is not a number.
+            ValueError: it is negative or not finite, it is given with a closure, or all gradients are averages already.
+            HeatoptError: the gradients have a weight by :meth:`weight` already.
         """
-        if closure is None:
+        if weight is not None:
+            if closure is not None:
+                raise ValueError("step(closure, weight=n): use `with optimizer.weight(n):` inside the closure")
+            self._gradients.settle_by_hand(check_weight(weight))
+        elif closure is None:
             self._gradients.settle(Call.STEP)
-            if not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
-                result = self._stepper.step()
-                self._gradients.consume()
-                return result
-        arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        keywords: dict[str, Any] = {}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            changed = pre_hook(self, arguments, keywords)
-            if changed is not None:
-                arguments, keywords = changed
-        result = self._stepper.step(*(averaged(c, self._gradients) for c in arguments[1:]), **keywords)
-        self._gradients.consume()
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, arguments, keywords)
-        return result
+        if closure is None and not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
+            result = self._stepper.step()
+            self._gradients.consume()
+            return result
+        return step_with_hooks(self, self._stepper, self._gradients, closure)
 
     # torch would wrap `step` with its profiling and its global hooks, which the wrapped optimizer's step runs already.
     step.hooked = True  # type: ignore[attr-defined]

@@ -70,7 +70,7 @@ class FusedAdam(DataParallelOptimizer):
             self._model = weakref.ref(options["model"])
             self._places = self._find_places(options["model"])
 
-    def step(self, closure: Closure | None = None) -> Any:
+    def step(self, closure: Closure | None = None, *, weight: float | None = None) -> Any:
         parameters = self._parameters()
         self._check_groups(parameters)
         addresses = list(map(torch.Tensor.data_ptr, parameters))
@@ -80,7 +80,7 @@ class FusedAdam(DataParallelOptimizer):
             self._addresses = addresses
         if not all(place.get(name) is parameter for place, name, parameter in self._places):
             self._check_module()
-        return super().step(closure)
+        return super().step(closure, weight=weight)
 
     step.hooked = True  # type: ignore[attr-defined]  # as in the base class
 

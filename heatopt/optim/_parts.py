@@ -59,7 +59,8 @@ def assemble(
     GradientShards.check_contents(kept, comm)
     masters = Masters(settings.master_dtype) if settings.master_dtype is not None else None
     if comm.size == 1:
-        return Parts(LocalGradients(), GradientShards(), *_unsharded(optimizer, settings, masters))
+        gradients = LocalGradients(lambda: optimizer.param_groups)
+        return Parts(gradients, GradientShards(), *_unsharded(optimizer, settings, masters))
     divides = settings.shard == "gradients"
     shards = GradientShards(GradientDivision(optimizer), kept) if divides else GradientShards()
     # The callback must not hold the wrapper, which is to die with its last user.

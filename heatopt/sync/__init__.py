@@ -10,8 +10,10 @@ from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._local import Gradients, LocalGradients
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._shards import Divide, GradientShards
+from heatopt.sync._weights import NO_WEIGHT, Mean, check_weight, mean_of
 
 __all__ = [
+    "NO_WEIGHT",
     "Call",
     "Coordinator",
     "Divide",
@@ -20,6 +22,7 @@ __all__ = [
     "GradientSync",
     "Gradients",
     "LocalGradients",
+    "Mean",
     "OwnedOptions",
     "ParameterPrint",
     "Row",
@@ -27,7 +30,9 @@ __all__ = [
     "average_tensors",
     "broadcast_state",
     "broadcast_tensors",
+    "check_weight",
     "coordinator_of",
+    "mean_of",
     "numeric_options",
     "options_hash",
     "outside_graphs",

@@ -11,6 +11,7 @@ so all draw the same conclusion:
 * All ranks are in the same call: it goes ahead, after a reduction of what any rank has not reduced yet.
 * Ranks are in different calls, or have different plans: every rank raises :class:`RankMismatchError` at once.
 * A rank is in ``join()``: it has no more data, takes part with zeros, and does not count in the divisor.
+* Ranks have weighted their gradients by their numbers of samples: the header has these (see [Note: Weights]).
 
 A reduction replaces each gradient by its mean over ranks. The mean of equal numbers is that number (exactly for 2 and 4
 ranks, else to the last bit), hence a bucket may be reduced again whenever any rank has a new contribution. Headers and
@@ -32,6 +33,7 @@ import numpy as np
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._fingerprint import Fingerprint, NumericOptions, first_difference
+from heatopt.sync._weights import NO_WEIGHT, Mean, mean_of
 
 __all__ = [
     "ALL",
@@ -109,6 +111,8 @@ class Row(NamedTuple):
     """Hash of the numeric options of the groups; 0 where the call does not need them to agree."""
     payload: float
     """A number that travels along: the loss in CLOSURE, the overflow flag in UNSCALE."""
+    weight: float = NO_WEIGHT
+    """Of the member's gradients on this rank; see :attr:`SampleWeights.word`."""
 
 
 class OwnedOptions(NamedTuple):
@@ -128,7 +132,11 @@ class Member(Protocol):
     def pending_mask(self) -> int:
         """What this rank has that no round has reduced."""
 
-    def run_round(self, mask: int, divisor: int) -> None:
+    @property
+    def weight_word(self) -> float:
+        """How much this rank's gradients count; see :attr:`SampleWeights.word`."""
+
+    def run_round(self, mask: int, mean: Mean) -> None:
         """Average what ``mask`` names."""
 
     def replan(self) -> None:
@@ -169,15 +177,15 @@ class Coordinator:
         self._members = {n: reference for n, reference in self._members.items() if reference() is not None}
         self._members[member.number] = weakref.ref(member)
 
-    def announce_backward(self, member: Member, mask: int, what: str) -> int:
+    def announce_backward(self, member: Member, mask: int, what: str) -> Mean | None:
         """Tell that this rank's backward wants ``mask`` reduced.
 
         Returns:
-            The divisor, if the caller is to run the round by itself; 0 if rounds of several members were asked for,
-            in which case all of them have been run here, in the order of their numbers.
+            The mean to form, if the caller is to run the round by itself; None if rounds of several members were asked
+            for, in which case all of them have been run here, in the order of their numbers.
         """
-        rows = self._exchange(Row(Call.BACKWARD, member.number, mask, member.plan_digest, 0, 0.0), what)
-        return self._serve(rows, member)
+        row = Row(Call.BACKWARD, member.number, mask, member.plan_digest, 0, 0.0, member.weight_word)
+        return self._serve(self._exchange(row, what), member)
 
     def meet(self, call: Call, member: Member, what: str, options: int = 0, payload: float = 0.0) -> list[Row]:
         """Return the rows of all ranks once all of them are in the same call, with all gradients reduced.
@@ -186,7 +194,8 @@ class Coordinator:
             RankMismatchError: ranks are in different calls, or have different plans or options.
         """
         while True:
-            row = Row(call, member.number, member.pending_mask(), member.plan_digest, options, payload)
+            mask = member.pending_mask()
+            row = Row(call, member.number, mask, member.plan_digest, options, payload, member.weight_word)
             rows = self._exchange(row, what)
             if any(r.call == Call.BACKWARD for r in rows):
                 self._serve(rows, None)
@@ -241,27 +250,38 @@ class Coordinator:
         """All ranks are in a call that wants final gradients: check that it is one call, reduce what is left."""
         self._require_same_call(rows)
         self._require_same_options(rows, member)
-        active = [r for r in rows if r.call != Call.JOIN]
         mask = 0
-        for r in active:
+        for r in rows:
             mask |= r.mask
         if mask & ALL == 0:
             return  # new memory alone can wait for a reduction that needs it
         if mask & REPLAN:
             member.replan()
-        member.run_round(mask, len(active))
+        member.run_round(mask, self._mean(rows, member))
 
     def _exchange(self, row: Row, what: str) -> list[Row]:
-        payload = struct.unpack("<q", struct.pack("<d", row.payload))[0]
-        words = np.array([*row[:5], payload], dtype=np.int64)
+        words = np.array([*row[:5], *struct.unpack("<2q", struct.pack("<2d", *row[5:]))], dtype=np.int64)
         table = self.channel.exchange_words(words, what)
         if (table == words).all():
             return [row] * self.channel.size
         return [_to_row(found) for found in table.tolist()]
 
-    def _serve(self, rows: list[Row], own: Member | None) -> int:
+    def _mean(self, rows: list[Row], member: Member) -> Mean:
+        """The mean that a round of ``member`` is to form, of the ranks that are not in join()."""
+        weights: list[float | None] = [None if r.call == Call.JOIN else NO_WEIGHT for r in rows]
+        for rank, r in enumerate(rows):
+            if r.member == member.number and r.call != Call.JOIN:
+                weights[rank] = r.weight
+        given = any(weight is not None and weight >= 0 for weight in weights)
+        if given and any(r.member != member.number and r.call != Call.JOIN for r in rows):
+            # Some ranks' headers are of other optimizers, and do not tell.
+            mine = np.array([member.weight_word], dtype=np.float64).view(np.int64)
+            table = self.channel.exchange_words(mine, "exchange of gradients' weights").view(np.float64)
+            weights = [None if r.call == Call.JOIN else float(table[rank, 0]) for rank, r in enumerate(rows)]
+        return mean_of(weights)
+
+    def _serve(self, rows: list[Row], own: Member | None) -> Mean | None:
         """Run the rounds that ranks in backward ask for. See announce_backward for the result."""
-        divisor = sum(r.call != Call.JOIN for r in rows)
         masks: dict[int, int] = {}
         for r in rows:
             if r.call == Call.BACKWARD:
@@ -272,10 +292,11 @@ class Coordinator:
             if any(r.mask & REPLAN for r in rows if r.member == number):
                 self._member(number).replan()
         if own is not None and list(masks) == [own.number]:
-            return divisor
+            return self._mean(rows, own)
         for number, mask in sorted(masks.items()):
-            self._member(number).run_round(mask, divisor)
-        return 0
+            member = self._member(number)
+            member.run_round(mask, self._mean(rows, member))
+        return None
 
     def _member(self, number: int) -> Member:
         reference = self._members.get(number)
@@ -343,8 +364,9 @@ class Coordinator:
 
 
 def _to_row(words: list[int]) -> Row:
-    call, member, mask, plan, options, payload = words
-    return Row(call, member, mask, plan, options, struct.unpack("<d", struct.pack("<q", payload))[0])
+    payload, weight = struct.unpack("<2d", struct.pack("<2q", *words[5:]))
+    call, member, mask, plan, options = words[:5]
+    return Row(call, member, mask, plan, options, payload, weight)
 
 
 def _describe(row: Row) -> str:

@@ -14,15 +14,16 @@ from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
 from heatopt.sync._coordinator import ALL, REPLAN, Call, Coordinator, OwnedOptions, Row, coordinator_of
-from heatopt.sync._fingerprint import Fingerprint, numeric_options, options_hash
+from heatopt.sync._fingerprint import Fingerprint
 from heatopt.sync._graphs import outside_graphs
-from heatopt.sync._hooks import hook_gradient, is_last_hook, remove_hooks
+from heatopt.sync._hooks import GradientHooks
 from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._round import Round
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._shards import GradientShards
 from heatopt.sync._tuning import DEFAULT, Choice, Tuner, candidates
+from heatopt.sync._weights import Mean
 
 __all__ = ["GradientSync"]
 
@@ -77,22 +78,12 @@ class GradientSync(Gradients):
         self._next_launch = 0
         self._full = False  # the next bucket to launch has got all its gradients
         self._round: Round | None = None  # the open one, if it is this object's to run
+        self.weights = self._plan.weights
         self._tuner = Tuner([Choice(settings.blocking is not False, settings.bucket_mb or DEFAULT.bucket_mb)])
         self._backward_alive: Callable[[], object | None] = _nothing
         self.quiet: Callable[[], object | None] = _nothing
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._hook_ids: dict[int, int] = {}  # by parameter index
-        self._hooked = 0  # parameters that have their hook, from the first
-        self._hook_new_parameters()
-        weakref.finalize(self, remove_hooks, self._handles)
-
-    def _hook_new_parameters(self) -> None:
-        reference = weakref.ref(self)
-        for index, parameter in enumerate(self._plan.parameters[self._hooked :], self._hooked):
-            if parameter.is_floating_point() or parameter.is_complex():  # others never have a gradient
-                self._handles.append(hook_gradient(parameter, index, reference))
-                self._hook_ids[index] = self._handles[-1].id
-        self._hooked = len(self._plan.parameters)
+        self._hooks = GradientHooks(self)
+        self._hooks.extend(self._plan.parameters)
 
     # What the coordinator asks
 
@@ -100,8 +91,7 @@ class GradientSync(Gradients):
         return self._plan.fingerprint()
 
     def options(self) -> list[OwnedOptions]:
-        groups = [OwnedOptions(f"parameter group {n}", numeric_options(g)) for n, g in enumerate(self._groups())]
-        return [*groups, OwnedOptions("the optimizer", (("number of load_state_dict() calls", self.loads),))]
+        return self._plan.options(self.loads)
 
     def pending_mask(self) -> int:
         return self._plan.pending_mask()
@@ -113,13 +103,17 @@ class GradientSync(Gradients):
 
     def replan(self) -> None:
         self.plan_digest = self._plan.replan(self.channel())
-        self._mark_all_changed()
+        self._plan.mark_all_changed()
         # If a backward is running, its buckets are reduced at its end: hooks that have fired are not counted anew.
         self._full = False
         self._waiting_for = [{-1} for _ in self._plan.buckets]
 
-    def run_round(self, mask: int, divisor: int) -> None:
-        self._begin_round(divisor)
+    @property
+    def weight_word(self) -> float:
+        return self.weights.word
+
+    def run_round(self, mask: int, mean: Mean) -> None:
+        self._begin_round(mean)
         self._finish_round(mask)
 
     # Calls of the optimizer
@@ -143,7 +137,7 @@ class GradientSync(Gradients):
         self._plan.list_parameters()
         self.plan_digest = self.fingerprint().digest()
         self._meet(Call.ADD_PARAM_GROUP)
-        self._hook_new_parameters()
+        self._hooks.extend(self._plan.parameters)
         self._lay_out(())
 
     @outside_graphs
@@ -151,7 +145,8 @@ class GradientSync(Gradients):
         self.attach()
         self._notice_interruption()
         self._plan.require_known()
-        options = options_hash([*self._groups(), {"loads": self.loads}]) if call in _WITH_OPTIONS else 0
+        self._plan.forget_cleared_weights()
+        options = self._plan.options_hash(self.loads) if call in _WITH_OPTIONS else 0
         tuning = call is Call.STEP and not self._tuner.settled
         rows = self._meet(call, options, self._tuner.lap() if tuning else payload)
         if tuning:
@@ -196,6 +191,7 @@ class GradientSync(Gradients):
 
     def serve_joined(self) -> int:
         assert self._coordinator is not None
+        self.weights.reset()
         self.channel()
         return self._coordinator.serve_joined(self, self._what(Call.JOIN))
 
@@ -203,6 +199,22 @@ class GradientSync(Gradients):
     def clear(self, set_to_none: bool) -> None:
         self._notice_interruption()
         self._plan.shards.clear(set_to_none)
+        self.weights.clear()
+
+    @contextmanager
+    def weight(self, samples: float) -> Iterator[None]:
+        self._notice_interruption()
+        with self._plan.weight(samples):
+            yield
+
+    def settle_by_hand(self, weight: float) -> None:
+        self.weights.require_none()
+        with self.weight(weight), self.weights.given_by_hand():
+            if not any(row.mask & ALL for row in self.settle(Call.STEP)):
+                raise ValueError(
+                    "step(weight=n) has no effect: all gradients are averages already, since backward() synchronised "
+                    "them; use `with optimizer.weight(n): loss.backward()`, and step()"
+                )
 
     def _notice_interruption(self) -> None:
         if self._state is _State.BROKEN:
@@ -218,14 +230,14 @@ class GradientSync(Gradients):
         finally:
             self._no_sync_depth -= 1
 
-    def _begin_round(self, divisor: int) -> None:
+    def _begin_round(self, mean: Mean) -> None:
         self._next_launch = 0
         self._round = Round(
             self._plan,
             self._settings,
             self.channel(),
             blocking=self._tuner.choice.blocking,
-            divisor=divisor,
+            mean=mean,
             contributes=self._contributes,
         )
 
@@ -236,6 +248,7 @@ class GradientSync(Gradients):
             current.launch_rest(mask, self._next_launch)
             self._next_launch = len(self._plan.buckets)
             current.complete(mask)
+            self.weights.note_reduction(current.mean.total)
 
     # Backward
 
@@ -268,7 +281,7 @@ class GradientSync(Gradients):
         if not waiting and number == self._next_launch:
             self._full = True
             # If the user's own hooks of this parameter run after this one, the next parameter's hook launches.
-            if is_last_hook(parameter, self._hook_ids[index]) and self._launches_early():
+            if self._hooks.is_last(index, parameter) and self._launches_early():
                 self._launch_full_buckets()
 
     def _enter_backward(self) -> None:
@@ -278,6 +291,7 @@ class GradientSync(Gradients):
             self._begin_backward()
 
     def _begin_backward(self) -> None:
+        self.weights.note_backward()
         synchronised = self._no_sync_depth == 0 and self._backwards + 1 >= self._settings.accumulation_steps
         self._state = _State.SYNC_BACKWARD if synchronised else _State.LOCAL_BACKWARD
         self._next_launch = 0
@@ -289,14 +303,7 @@ class GradientSync(Gradients):
         if quiet:
             self._waiting_for = [{-1}]
         elif synchronised:
-            self._waiting_for = [
-                {
-                    slot.index
-                    for slot, parameter in zip(bucket.plan.slots, bucket.parameters, strict=True)
-                    if parameter.requires_grad
-                }
-                for bucket in self._plan.buckets
-            ]
+            self._waiting_for = self._plan.expected()
 
     def _launches_early(self) -> bool:
         # With several optimizers on these ranks hooks may interleave differently on each of them, so reductions wait
@@ -319,11 +326,11 @@ class GradientSync(Gradients):
         assert self._coordinator is not None
         self.channel()
         mask |= self._plan.kept_mask()
-        what = f"backward() of {self._settings.algorithm} ({self._describe(self._next_launch)})"
-        divisor = self._coordinator.announce_backward(self, mask, what)
+        what = f"backward() of {self._settings.algorithm} ({self._plan.describe(self._next_launch)})"
+        mean = self._coordinator.announce_backward(self, mask, what)
         self._state = _State.ROUND
-        if divisor:
-            self._begin_round(divisor)
+        if mean is not None:
+            self._begin_round(mean)
         else:
             self._next_launch = len(self._plan.buckets)  # whatever arrives from here on is new
 
@@ -348,20 +355,16 @@ class GradientSync(Gradients):
         """The last backward was interrupted by an exception: go on if no other rank has seen it."""
         if self._state is _State.ROUND:
             self._state = _State.BROKEN
-            place = self._describe(self._next_launch)
+            place = self._plan.describe(self._next_launch)
             self._broken = (
                 f"rank {self._comm.rank}: an exception interrupted backward at {place}, after a reduction with the "
                 "other ranks had begun, so this rank cannot skip it alone; let the exception end the job"
             )
             raise HeatoptError(self._broken)
         self._state = _State.IDLE
-        self._mark_all_changed()
+        self._plan.mark_all_changed()
 
     # Small parts
-
-    def _mark_all_changed(self) -> None:
-        for bucket in self._plan.buckets:
-            bucket.changed = True
 
     def _lay_out(self, sparse: tuple[int, ...]) -> None:
         self.plan_digest = self._plan.lay_out(self.channel(), self._plan.trainable(), sparse)
@@ -372,11 +375,7 @@ class GradientSync(Gradients):
         return self._coordinator.meet(call, self, self._what(call), options, payload)
 
     def _what(self, call: Call) -> str:
-        return f"{call} of {self._settings.algorithm} ({self._describe(0)})"
-
-    def _describe(self, number: int) -> str:
-        descriptions = self._plan.descriptions
-        return descriptions[number] if number < len(descriptions) else f"{len(self._plan.parameters)} parameters"
+        return f"{call} of {self._settings.algorithm} ({self._plan.describe(0)})"
 
     def channel(self) -> Communicator:
         """The coordinator's channel, with this optimizer's time-out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from heatopt.buckets import SMALL_BYTES
 from heatopt.sync._graphs import never_compiled
 
-__all__ = ["hook_gradient", "is_last_hook", "remove_hooks"]
+__all__ = ["GradientHooks"]
 
 
 class GradientListener(Protocol):
@@ -27,7 +27,35 @@ class GradientListener(Protocol):
 Listener = TypeVar("Listener", bound=GradientListener)
 
 
-def hook_gradient(
+class GradientHooks:
+    """The hooks of one listener, one for each parameter, which are removed when the listener dies.
+
+    Args:
+        listener: hears of the gradients; held weakly.
+    """
+
+    def __init__(self, listener: GradientListener) -> None:
+        self._listener = weakref.ref(listener)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._numbers: dict[int, int] = {}  # of the hooks, by parameter index
+        self._count = 0  # parameters that have theirs, from the first
+        weakref.finalize(listener, _remove_hooks, self._handles)
+
+    def extend(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Hook those of all ``parameters`` that are new at the end of the list."""
+        for index, parameter in enumerate(parameters[self._count :], self._count):
+            if parameter.is_floating_point() or parameter.is_complex():  # others never have a gradient
+                self._handles.append(_hook_gradient(parameter, index, self._listener))
+                self._numbers[index] = self._handles[-1].id
+        self._count = len(parameters)
+
+    def is_last(self, index: int, parameter: torch.Tensor) -> bool:
+        """True if no other hook of the parameter runs after the listener's when a gradient has been accumulated."""
+        hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)  # torch's, in the order of their calls
+        return bool(hooks) and next(reversed(hooks)) == self._numbers[index]
+
+
+def _hook_gradient(
     parameter: torch.Tensor, index: int, reference: weakref.ref[Listener]
 ) -> torch.utils.hooks.RemovableHandle:
     """Tell the listener, as long as it lives, of each gradient of ``parameter``."""
@@ -53,13 +81,7 @@ def hook_gradient(
             parameter.requires_grad_(False)
 
 
-def is_last_hook(parameter: torch.Tensor, number: int) -> bool:
-    """True if no other hook runs after the one with this handle's number when a gradient has been accumulated."""
-    hooks: Any = getattr(parameter, "_post_accumulate_grad_hooks", None)  # torch's, in the order of their calls
-    return bool(hooks) and next(reversed(hooks)) == number
-
-
-def remove_hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _remove_hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     """Remove all of them."""
     for handle in handles:
         handle.remove()

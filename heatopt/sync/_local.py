@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from heatopt.sync._coordinator import Call, Row
+from heatopt.sync._weights import SampleWeights
 
 __all__ = ["Gradients", "LocalGradients"]
 
@@ -16,6 +18,8 @@ class Gradients(ABC):
 
     loads: int
     """Number of state dicts loaded since the ranks' states were last made equal; must agree at each update."""
+    weights: SampleWeights
+    """How much this rank's gradients count."""
 
     @abstractmethod
     def attach(self) -> None:
@@ -28,6 +32,19 @@ class Gradients(ABC):
         Returns:
             What all ranks announced; nothing if there is nobody to ask.
         """
+
+    @abstractmethod
+    def settle_by_hand(self, weight: float) -> None:
+        """Settle before ``step()`` gradients that were set by hand, and count as ``weight`` samples of this rank.
+
+        Raises:
+            HeatoptError: they have a weight already.
+            ValueError: on all ranks, if all gradients are averages already.
+        """
+
+    @abstractmethod
+    def weight(self, samples: float) -> AbstractContextManager[None]:
+        """What backward calls inside deliver are gradients of the mean over so many samples."""
 
     @abstractmethod
     def consume(self) -> None:
@@ -59,10 +76,15 @@ class Gradients(ABC):
 
 
 class LocalGradients(Gradients):
-    """One process: its gradients are the averages."""
+    """One process: its gradients are the averages.
 
-    def __init__(self) -> None:
+    Args:
+        groups: returns the optimizer's param_groups.
+    """
+
+    def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
         self.loads = 0
+        self.weights = SampleWeights(groups)
 
     def attach(self) -> None:
         pass
@@ -70,8 +92,19 @@ class LocalGradients(Gradients):
     def settle(self, call: Call, payload: float = 0.0) -> list[Row]:
         return []
 
+    def settle_by_hand(self, weight: float) -> None:
+        self.weights.require_none()
+        if not weight:
+            self.weights.zero_gradients()
+
+    @contextmanager
+    def weight(self, samples: float) -> Iterator[None]:
+        self.weights.forget_cleared()
+        with self.weights.context(samples):
+            yield
+
     def consume(self) -> None:
-        pass
+        self.weights.reset()
 
     def report(self) -> dict[str, Any]:
         return {}
@@ -86,7 +119,7 @@ class LocalGradients(Gradients):
         return 0
 
     def clear(self, set_to_none: bool) -> None:
-        pass
+        self.weights.clear()
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -11,11 +12,19 @@ import torch
 from heatopt.buckets import Bucket, GradientBucket, ParameterSpec, gradient_dtype, plan_buckets
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
-from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, bucket_bit
-from heatopt.sync._fingerprint import Fingerprint, ParameterPrint, first_difference, printable_options
+from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, OwnedOptions, bucket_bit
+from heatopt.sync._fingerprint import (
+    Fingerprint,
+    ParameterPrint,
+    first_difference,
+    numeric_options,
+    options_hash,
+    printable_options,
+)
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._shards import GradientShards
 from heatopt.sync._tuning import DEFAULT
+from heatopt.sync._weights import SampleWeights
 
 __all__ = ["GradientPlan"]
 
@@ -41,6 +50,8 @@ class GradientPlan:
         self._names = names
         self._settings = settings
         self.shards = shards
+        self.weights = SampleWeights(groups)
+        """How much the gradients count."""
         self.parameters: list[torch.Tensor] = []
         self.names: list[str] = []
         self.buckets: list[GradientBucket] = []
@@ -105,6 +116,23 @@ class GradientPlan:
             ),
         )
 
+    def options(self, loads: int) -> list[OwnedOptions]:
+        """Numbers that must agree before an update."""
+        groups = [OwnedOptions(f"parameter group {n}", numeric_options(g)) for n, g in enumerate(self._groups())]
+        return [*groups, OwnedOptions("the optimizer", tuple(self._own_options(loads).items()))]
+
+    def options_hash(self, loads: int) -> int:
+        """What :meth:`options` of all ranks are compared by."""
+        return options_hash([*self._groups(), self._own_options(loads)])
+
+    def _own_options(self, loads: int) -> dict[str, int]:
+        by_hand = {"step(weight=n)": 1} if self.weights.by_hand else {}
+        return {"number of load_state_dict() calls": loads, **by_hand}
+
+    def describe(self, number: int) -> str:
+        """The bucket of that number, for messages; all of them if there is none."""
+        return self.descriptions[number] if number < len(self.descriptions) else f"{len(self.parameters)} parameters"
+
     def _manner(self, index: int) -> str:
         if index in self.sparse:
             return "sparse"
@@ -119,7 +147,7 @@ class GradientPlan:
         Raises:
             RankMismatchError: the ranks' parameters differ.
         """
-        self.shards.make_whole(channel, self.parameters)
+        self.shards.make_whole(channel, self.parameters, self.weights.reduced_share)
         wishes = channel.exchange_objects((list(dense), list(sparse)), f"new plan of {self._settings.algorithm}")
         planned = set(self.places).union(*(wish[0] for wish in wishes))
         scattered = set(self.sparse).union(*(wish[1] for wish in wishes))
@@ -165,6 +193,33 @@ class GradientPlan:
         sparse = [index for index in self.unplanned if _is_sparse(self.parameters[index].grad)]
         return self.lay_out(channel, sorted(self.unplanned), sparse)
 
+    def expected(self) -> list[set[int]]:
+        """By bucket: the parameters that may get a gradient now."""
+        return [
+            {slot.index for slot, p in zip(bucket.plan.slots, bucket.parameters, strict=True) if p.requires_grad}
+            for bucket in self.buckets
+        ]
+
+    def mark_all_changed(self) -> None:
+        """Let no dense gradient count as reduced."""
+        for bucket in self.buckets:
+            bucket.changed = True
+
+    @contextmanager
+    def weight(self, samples: float) -> Iterator[None]:
+        """The context of a micro-batch of so many samples; see [Note: Weights]."""
+        self.forget_cleared_weights()
+        with self.weights.context(samples) as scaled:
+            if scaled:  # and on other ranks perhaps not
+                self.mark_all_changed()
+                self.sparse_changed = bool(self.sparse)
+            yield
+
+    def forget_cleared_weights(self) -> None:
+        """Notice that the user has cleared the gradients without the optimizer."""
+        if self.shards.whole:  # otherwise their absence means that they have been reduced
+            self.weights.forget_cleared()
+
     def note_elsewhere(self, index: int) -> None:
         """A parameter has got a gradient that fits no slot: it has none, or the gradient is of another kind."""
         if index in self.sparse:
@@ -184,6 +239,7 @@ class GradientPlan:
     def consume(self) -> None:
         """An update has used the gradients."""
         self.shards.consume()
+        self.weights.reset()
         for bucket in self.buckets:
             bucket.consume()
 

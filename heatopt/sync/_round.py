@@ -8,6 +8,7 @@ from heatopt.sync._coordinator import SPARSE, bucket_bit
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._sparse import average_sparse
+from heatopt.sync._weights import Mean
 
 __all__ = ["Round"]
 
@@ -20,7 +21,7 @@ class Round:
         settings: what the user chose.
         channel: the ranks.
         blocking: reduce buckets of CPU tensors before backward goes on.
-        divisor: how many of them have data.
+        mean: how much each of them counts.
         contributes: False if this rank has none, and takes part with zeros.
     """
 
@@ -31,14 +32,15 @@ class Round:
         channel: Communicator,
         *,
         blocking: bool,
-        divisor: int,
+        mean: Mean,
         contributes: bool,
     ) -> None:
         self._plan = plan
         self._settings = settings
         self._channel = channel
         self._blocking_on_cpu = blocking
-        self._divisor = divisor
+        self.mean = mean
+        self._share = mean.shares[channel.rank]
         self._contributes = contributes
         self._works: dict[int, Work[None]] = {}  # by bucket number, in the order of the launches
         plan.shards.begin_round()
@@ -70,7 +72,7 @@ class Round:
             return
         parameters = [self._plan.parameters[index] for index in sparse]
         self._plan.sparse_changed = False
-        means = average_sparse(self._channel, parameters, self._divisor, self._contributes)
+        means = average_sparse(self._channel, parameters, self.mean.divisor, self._share if self._contributes else None)
         if self._contributes:
             for index, parameter, mean in zip(list(sparse), parameters, means, strict=True):
                 parameter.grad = sparse[index] = mean
@@ -88,10 +90,12 @@ class Round:
             bucket.pack(detach=early)
             for index in bucket.misfits():
                 self._plan.note_elsewhere(index)
+            if self._share != 1.0:
+                bucket.scale(self._share)
         else:
             bucket.pack_nothing()
         bucket.changed = False
-        options = self._settings.reduction(blocking, self._divisor)
+        options = self._settings.reduction(blocking, self.mean.divisor)
         what = f"the reduction for {self._settings.algorithm} of {self._plan.descriptions[number]}"
         memory = self._plan.memories[number]
         if isinstance(bucket, ScatteredBucket):
@@ -116,4 +120,4 @@ class Round:
 
     def _reveal(self, number: int) -> None:
         if self._contributes:
-            self._plan.buckets[number].reveal()
+            self._plan.buckets[number].reveal(self.mean.total)

@@ -39,7 +39,7 @@ class SyncSettings:
     master_dtype: torch.dtype | None = None
     """Of the wider copies that updates of narrow parameters change; None: there are none."""
 
-    def reduction(self, blocking: bool, divisor: int) -> ReduceOptions:
+    def reduction(self, blocking: bool, divisor: float) -> ReduceOptions:
         """How a bucket is reduced."""
         return ReduceOptions(divisor, blocking, self.wire_dtype, self.reproducible)
 

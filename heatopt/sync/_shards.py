@@ -93,8 +93,11 @@ class GradientShards:
         return memories, list(self._buckets)
 
     @torch.no_grad()
-    def make_whole(self, channel: Communicator, parameters: Sequence[torch.Tensor]) -> None:
-        """Before a new plan: let gradients be those of all parameters on all ranks, and keep nothing. Collective."""
+    def make_whole(self, channel: Communicator, parameters: Sequence[torch.Tensor], share: float) -> None:
+        """Before a new plan: let gradients be those of all parameters on all ranks, and keep nothing. Collective.
+
+        What was kept is ``share`` of this rank's weight; see [Note: Weights].
+        """
         if self._divide is None:
             return
         mine = self._by_start()
@@ -106,6 +109,8 @@ class GradientShards:
             for start, part in parts:
                 flat[start : start + part.numel()] = part
             gradient = flat.view(parameter.shape).to(parameter.device, gradient_dtype(parameter))
+            if share != 1.0:
+                gradient.mul_(share)
             if parameter.grad is not None:
                 gradient = gradient + parameter.grad
             parameter.grad = gradient

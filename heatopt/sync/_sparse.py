@@ -15,14 +15,20 @@ _ABSENT = -1
 
 
 def average_sparse(
-    channel: Communicator, parameters: Sequence[torch.Tensor], divisor: int, contribute: bool
+    channel: Communicator, parameters: Sequence[torch.Tensor], divisor: float, share: float | None
 ) -> list[torch.Tensor | None]:
     """Return the mean over ranks of each parameter's gradient as a coalesced sparse tensor.
 
     ``None`` where no rank has a gradient. A rank without one counts as zero. Entries are summed in rank order, half
     types in single precision, so all ranks get the same bits. Collective; parameters in the same order on all ranks.
+
+    Args:
+        channel: the ranks.
+        parameters: whose gradients.
+        divisor: what the sums are divided by.
+        share: what this rank's gradients are multiplied by before; None if it has none, and counts as zero.
     """
-    gradients = [_coalesced(parameter) if contribute else None for parameter in parameters]
+    gradients = [None if share is None else _coalesced(parameter, share) for parameter in parameters]
     counts = np.array([_ABSENT if g is None else g._nnz() for g in gradients], dtype=np.int64)
     table = channel.exchange_words(counts, "exchange of sparse gradients' sizes")
     return [
@@ -31,13 +37,16 @@ def average_sparse(
     ]
 
 
-def _coalesced(parameter: torch.Tensor) -> torch.Tensor | None:
+def _coalesced(parameter: torch.Tensor, share: float) -> torch.Tensor | None:
     gradient = parameter.grad
     if gradient is None:
         return None
     gradient = gradient.detach()
     # A dense gradient of a parameter that is sparse elsewhere: its rows.
-    return gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)
+    gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)
+    if share == 1.0:
+        return gradient
+    return gradient * share if share else torch.zeros_like(gradient).coalesce()
 
 
 def _average_one(
@@ -45,7 +54,7 @@ def _average_one(
     parameter: torch.Tensor,
     gradient: torch.Tensor | None,
     counts: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    divisor: int,
+    divisor: float,
 ) -> torch.Tensor | None:
     if (counts == _ABSENT).all():
         return None

@@ -130,6 +130,26 @@ def test_training_step(size: int, blocking: bool) -> None:
 
 @BLOCKING
 @pytest.mark.parametrize("size", MANY)
+def test_weights_cost_no_message(size: int, blocking: bool) -> None:
+    """They are in the header: the same operations of the same sizes, also where micro-batches add up."""
+
+    def body(step: Step) -> list[list[Operation]]:
+        found = []
+        for weighted in (False, True, True):
+            step.optimizer.zero_grad()
+            for number in range(2):
+                with step.optimizer.weight(step.comm.rank + number) if weighted else nullcontext():
+                    found.append(step.backward(number))
+            found.append(step.call(step.optimizer.step))
+        return found
+
+    plain, weighted, again = (lambda found: (found[:3], found[3:6], found[6:]))(run(size, body, blocking=blocking))
+    assert plain == weighted == again
+    assert kinds(plain[0]) == [HEADER] + ["all_gather"] * len(bucket_bytes(Net().parameters()))
+
+
+@BLOCKING
+@pytest.mark.parametrize("size", MANY)
 def test_large_buckets_travel_in_two_exchanges(size: int, blocking: bool) -> None:
     """Each rank sends the others their parts, then all send their sums; each kind in the order of the buckets."""
     world = ThreadWorld(size)
