@@ -21,6 +21,9 @@ TIMED_OUT = 124
 _STACK_SIGNAL = signal.SIGUSR2
 _LOOK_SECONDS = 0.1
 _COLLECT_SECONDS = 5.0
+# The time in which a rank's own thread leaves its stacks. Then a signal asks: its handler does not wait for the
+# interpreter's lock, so it also reaches a rank that holds the lock, but reads stacks that may change meanwhile.
+_ANSWER_SECONDS = 1.5
 # For a rank that holds the interpreter's lock and so stops the watching thread too.
 _LAST_RESORT_SECONDS = 15.0
 _PYTEST_FRAME = re.compile(r'  File "(.*/(_pytest|pluggy|pytest|tests/support)/|.*/runpy\.py"|<frozen runpy>)')
@@ -111,12 +114,10 @@ class Watchdog:
                 self._follow()
 
     def _follow(self) -> None:
-        """Another rank ends the job: leave the stacks if its signal did not reach us, then leave."""
+        """Another rank ends the job: leave the stacks for it, then leave."""
         with self._once:  # unless this rank is the one
-            time.sleep(_COLLECT_SECONDS / 3)
-            if not self._path(self.rank).stat().st_size:
-                faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-            time.sleep(2 * _COLLECT_SECONDS)
+            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+            time.sleep(3 * _COLLECT_SECONDS)
             os._exit(TIMED_OUT)
 
     def _flag(self) -> Path:
@@ -137,27 +138,33 @@ class Watchdog:
         return True
 
     def _all_stacks(self) -> str:
-        """Ask every rank for its stacks, wait a little, and give them in the order of the ranks."""
+        """The stacks of all ranks in the order of the ranks, of those that answer in time (the flag asks them)."""
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         if not self._peers:
-            faulthandler.dump_traceback(file=self._stacks, all_threads=True)
             self._stacks.seek(0)
             return _without_pytest(self._stacks.read())
-        for host, process in self._peers:
-            if host == socket.gethostname():
+        texts = self._read_stacks(_ANSWER_SECONDS)
+        for text, (host, process) in zip(texts, self._peers, strict=True):
+            if not text and host == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, _STACK_SIGNAL)
-        paths = [self._path(rank) for rank in range(len(self._peers))]
-        deadline = time.monotonic() + _COLLECT_SECONDS
-        while True:
-            texts = [path.read_text() if path.exists() else "" for path in paths]
-            if all(_LAST_LINE.search(text) for text in texts) or time.monotonic() > deadline:
-                break
-            time.sleep(_LOOK_SECONDS)
+        if not all(texts):
+            texts = self._read_stacks(_COLLECT_SECONDS)
         nothing = "(none: the process has ended, is on another host, or does not answer)"
         return "\n".join(
             f"--- stacks of rank {rank} ---\n{_without_pytest(text) if text else nothing}"
             for rank, text in enumerate(texts)
         )
+
+    def _read_stacks(self, seconds: float) -> list[str]:
+        """What each rank has left, once all have done so or the time is over."""
+        paths = [self._path(rank) for rank in range(len(self._peers))]
+        deadline = time.monotonic() + seconds
+        while True:
+            texts = [path.read_text() if path.exists() else "" for path in paths]
+            if all(_LAST_LINE.search(text) for text in texts) or time.monotonic() > deadline:
+                return texts
+            time.sleep(_LOOK_SECONDS)
 
     def _print(self, text: str) -> None:
         self._stderr.write(f"\n{text}\n")
