@@ -18,10 +18,10 @@ pytest.importorskip("rich")
 import bench_fuse
 
 pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
-SMALL = ["--tensors", "4", "--elements", "5", "--rounds", "1", "--steps", "2"]
+SMALL = ["--tensors", "4", "--elements", "5", "6", "--rounds", "1", "--steps", "2"]
 
 
-@pytest.mark.parametrize(("algorithm", "implementations"), [("AdamW", 5), ("RMSprop", 4)])
+@pytest.mark.parametrize(("algorithm", "implementations"), [("Adam", 7), ("AdamW", 5), ("RMSprop", 4)])
 def test_results(tmp_path: Path, algorithm: str, implementations: int) -> None:
     threads = torch.get_num_threads()
     file = tmp_path / "result.json"
@@ -30,8 +30,10 @@ def test_results(tmp_path: Path, algorithm: str, implementations: int) -> None:
     finally:
         torch.set_num_threads(threads)
     report = json.loads(file.read_text())
-    assert len(report["results"]) == implementations
-    assert all(0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"] for found in report["results"].values())
+    assert list(report["results"]) == ["5", "6"]
+    for results in report["results"].values():
+        assert len(results) == implementations
+        assert all(0 < found["min_ms"] <= found["median_ms"] <= found["max_ms"] for found in results.values())
 
 
 @pytest.mark.parametrize("arguments", [["--optimizer", "Adum"], ["--tensors", "0"]])
