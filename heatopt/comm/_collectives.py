@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from heatopt.comm._transport import Transport
-from heatopt.comm._work import Steps
+from heatopt.comm._work import Stage, Steps
 
 __all__ = [
     "REDUCE_OPS",
@@ -129,6 +129,7 @@ def _reduce_by_owners(comm: Transport, part: torch.Tensor, op: str, divisor: flo
     received = part.new_empty((comm.size, count))
     yield comm._all_to_all(padded, received, 0, blocking)
     own = _combine(received, op, divisor)
+    yield Stage.GATHER
     yield comm._all_gather(own, padded, 1, blocking)
     if padded is not part:
         part.copy_(padded[: part.numel()])

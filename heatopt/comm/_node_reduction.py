@@ -17,7 +17,7 @@ from heatopt.comm._collectives import reduce_flat, reduce_scatter_parts
 from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice, sum_to
 from heatopt.comm._shared_memory import Lane, NodeMemory
 from heatopt.comm._transport import Transport
-from heatopt.comm._work import Steps
+from heatopt.comm._work import Stage, Steps
 
 __all__ = ["BucketMemory", "NodeReduction", "ReduceOptions", "Take"]
 
@@ -92,10 +92,12 @@ class NodeReduction:
             else:
                 parts = [segment[start:stop] for segment in segments]
                 total = sum_in_first(parts)
+                yield Stage.EXCHANGE
                 yield from reduce_flat(
                     self._across, total, "sum", options.divisor, options.blocking, options.wire_dtype
                 )
                 spread(total, parts)
+        yield Stage.FINISH
         yield self._node.arrive(Lane.FINISH)
 
     def scatter_steps(self, memory: BucketMemory, bounds: Sequence[int], options: ReduceOptions) -> Steps[None]:
@@ -116,6 +118,7 @@ class NodeReduction:
             slices = [[slice(bounds[r] * unit, bounds[r + 1] * unit) for r in ranks] for ranks in served]
             sums = [sum_in_first([segment[s] for segment in segments]) for node in slices for s in node]
             lengths = [sum(s.stop - s.start for s in node) for node in slices]
+            yield Stage.EXCHANGE
             means = yield from reduce_scatter_parts(
                 self._across, torch.cat(sums), lengths, options.divisor, options.blocking, options.wire_dtype
             )
@@ -123,6 +126,7 @@ class NodeReduction:
             parts = torch.split(means, [s.stop - s.start for s in own])
             for segment, place, part in zip(segments[local_rank :: self._owners], own, parts, strict=True):
                 segment[place].copy_(part)
+        yield Stage.FINISH
         yield self._node.arrive(Lane.FINISH)
 
     def share_steps(self, memory: BucketMemory, take: Take) -> Steps[None]:

@@ -6,10 +6,15 @@ when the request has completed. Blocking use runs the generator to its end; asyn
 :class:`Work`. A generator's local variables hold the buffers, so they live exactly as long as the operation.
 
 [Note: Order of stages]
-All ranks must start the operations of one lane in the same order. First stages run on lane 0, at launch, in program
-order. Later stages run on lane 1 and are started strictly in the order of the launches: a work never passes an earlier
-one, whoever polls it and however often, and a blocking call first completes the works before it. All communicators of a
-world share one queue, so a rank that waits for a work alone finds the other ranks' later stages, wherever they block.
+All ranks must start the operations of one lane in the same order, however far each has come with its works. What a work
+starts at its launch is in program order. Before anything later it asks for its turn, by yielding a :class:`Stage`: it
+gets it once all works that were launched before have reached that stage, or have completed, so the operations of a
+stage are started in the order of the launches, whoever polls and however often.
+
+A rank blocks for nothing but the oldest of its works. So the oldest work that any rank has not completed is one that
+all those ranks look after, and goes on; a rank that blocked for a younger one might wait for somebody who waits for
+its own part in the older one. A blocking call first completes the works before it. All communicators of a world share
+one queue, so a rank that waits for a work alone finds the other ranks' later stages, wherever they block.
 
 [Note: Pump]
 MPI moves nothing between nodes unless it is called. While works are in flight a thread polls the queue, so that they go
@@ -27,7 +32,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
-__all__ = ["COMPLETED", "Completed", "Request", "Steps", "Work", "WorkQueue"]
+__all__ = ["COMPLETED", "Completed", "Request", "Stage", "Steps", "Work", "WorkQueue"]
 
 T = TypeVar("T")
 
@@ -56,6 +61,29 @@ class Completed(Request):
 
 COMPLETED = Completed()
 
+
+class Stage(Request):
+    """A work's turn to start what follows. A work's stages ascend; see [Note: Order of stages]."""
+
+    EXCHANGE: Stage
+    """On lane 0, after the launch."""
+    GATHER: Stage
+    """On lane 1."""
+    FINISH: Stage
+    """The last meeting of a node."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def done(self) -> bool:
+        return True  # a collective that runs alone has nobody to wait for
+
+    def wait(self) -> None:
+        return None
+
+
+Stage.EXCHANGE, Stage.GATHER, Stage.FINISH = Stage(1), Stage(2), Stage(3)
+
 Steps = Generator[Request, None, T]
 Waiting = Callable[[], AbstractContextManager[None]]
 
@@ -70,8 +98,10 @@ class Work(Generic[T]):
         self._waiting = waiting
         self._queue = queue
         self._request: Request = COMPLETED
+        self._stage = 0  # reached
         self._result: T | None = None
         self._error: BaseException | None = None
+        self._failure: Exception | None = None  # of the current request
 
     def done(self) -> bool:
         """Make progress without blocking; True once the result is there."""
@@ -85,15 +115,32 @@ class Work(Generic[T]):
             CollectiveTimeoutError: other ranks did not come in time (or the job is ended with that message).
             RankFailedError: another rank failed or left.
         """
-        while self._steps is not None:
-            self._queue.advance_through(self)
+        self._queue.complete(self)
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
 
+    def _await_request(self) -> None:
+        """Block for the current request; one that has failed has no result, whatever it says later."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._request.wait()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _is_ready(self, reached: int) -> bool:
+        """True if :meth:`_advance` would not block, where works from before have come to stage ``reached``."""
+        if isinstance(self._request, Stage):
+            return self._request.number <= reached
+        return self._failure is None and self._request.done()
+
     def _advance(self) -> None:
         """Go on after the current request, which has completed, up to the next one."""
         assert self._steps is not None
+        if isinstance(self._request, Stage):
+            self._stage = self._request.number
         try:
             self._request = next(self._steps)
         except StopIteration as stop:
@@ -137,38 +184,38 @@ class WorkQueue:
                 request = next(steps)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
-            with waiting():
-                request.wait()
+            if not isinstance(request, Stage):
+                with waiting():
+                    request.wait()
 
     def poll(self) -> None:
-        """Advance what can be advanced without blocking, never past an earlier work."""
+        """Advance what can be advanced without blocking."""
         with self._lock:
+            reached = Stage.FINISH.number  # by all works that were launched before
             for work in self._works:
-                while work._steps is not None and work._request.done():
+                while work._steps is not None and work._is_ready(reached):
                     work._advance()
                 if work._steps is not None:
-                    break
-            self._discard_completed()
+                    reached = min(reached, work._stage)
+            while self._works and self._works[0]._steps is None:
+                self._works.popleft()
 
-    def advance_through(self, last: Work[Any]) -> None:
-        """Advance each work up to and including ``last`` by one stage, in launch order, blocking."""
+    def complete(self, last: Work[Any]) -> None:
+        """Block until ``last`` has completed, and so every work that was launched before."""
         with self._lock:
-            for work in list(self._works):
-                if work._steps is not None:
-                    with work._waiting():
-                        work._request.wait()
-                    work._advance()
-                if work is last:
-                    break
-            self._discard_completed()
+            self.poll()
+            while last._steps is not None:
+                oldest = self._works[0]
+                with oldest._waiting():
+                    oldest._await_request()
+                oldest._advance()
+                self.poll()
 
     def drain(self) -> None:
         """Complete every work."""
-        while True:
-            with self._lock:
-                if not self._works:
-                    return
-                self.advance_through(self._works[-1])
+        with self._lock:
+            if self._works:
+                self.complete(self._works[-1])
 
     def _poll_until_empty(self) -> None:
         try:
@@ -183,7 +230,3 @@ class WorkQueue:
             # Whoever waits for the work meets the same error, and says so.
             with self._lock:
                 self._pump = None
-
-    def _discard_completed(self) -> None:
-        while self._works and self._works[0]._steps is None:
-            self._works.popleft()

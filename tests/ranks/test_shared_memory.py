@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+import time
 
 import pytest
 import torch
@@ -78,6 +80,40 @@ def test_nodes_sum_their_own_first(size, per_node):
         for tensor, numel in zip(found, SIZES, strict=True):
             sums = [in_rank_order([values(rank, numel, torch.float32) for rank in node], 1) for node in nodes]
             assert torch.equal(tensor, in_rank_order(sums, size))
+
+
+@pytest.mark.parametrize(("size", "per_node"), [(4, 2), (5, 2), (6, 3)])
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_ranks_may_be_at_different_stages_of_works(size, per_node, wire):
+    """Some ranks look after their works often, others never: the order of the stages is the same on all of them."""
+    numels = (20_003, 3, 7_000, 1, 4099, 20_003, 5)
+
+    def body(comm):
+        chance = random.Random(comm.rank)
+        memories = [comm.allocate(numel, torch.float32, torch.device("cpu")) for numel in numels]
+        found = []
+        for turn in range(4):
+            for memory, numel in zip(memories, numels, strict=True):
+                memory.own.copy_(values(comm.rank + turn, numel, torch.float32))
+            options = ReduceOptions(1, False, wire_dtype=wire)
+            works = [comm.reduce_bucket(memory, options, "a test") for memory in memories]
+            if chance.random() < 0.5:
+                time.sleep(0.01)
+                for _ in range(chance.randrange(8)):
+                    comm.progress()
+            for work in chance.sample(works, len(works)):
+                work.wait()
+            found.append([memory.own.clone() for memory in memories])
+        return found
+
+    nodes = [range(first, min(first + per_node, size)) for first in range(0, size, per_node)]
+    everybody = ThreadWorld(size, ranks_per_node=per_node, shared_memory=True).run(body)
+    for turn in range(4):
+        for index, numel in enumerate(numels):
+            sums = [in_rank_order([values(rank + turn, numel, torch.float32) for rank in node], 1) for node in nodes]
+            sums = sums if wire is None else [part.to(wire) for part in sums]
+            expected = in_rank_order(sums, 1).float()
+            assert all(torch.equal(found[turn][index], expected) for found in everybody)
 
 
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4])

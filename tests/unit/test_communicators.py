@@ -10,14 +10,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 import heatopt
 from heatopt.comm import Communicator, SingleCommunicator, ThreadWorld, Topology, TorchCommunicator
-from heatopt.comm._work import Request, Steps, WorkQueue
+from heatopt.comm._work import Request, Stage, Steps, WorkQueue
 from heatopt.errors import (
     CheckpointError,
     CollectiveTimeoutError,
@@ -210,37 +211,54 @@ class Operation(Request):
             raise self._error
 
 
-def stages(log: list[str], name: str, *operations: Operation) -> Steps[str]:
-    for number, operation in enumerate(operations):
-        log.append(f"{name}{number}")
+def stages(log: list[str], name: str, *operations: Operation | Stage) -> Steps[str]:
+    number = 0
+    for operation in operations:
+        if isinstance(operation, Operation):
+            log.append(f"{name}{number}")
+            number += 1
         yield operation
     return name
 
 
-def test_poll_never_passes_an_earlier_work() -> None:
+def test_operations_of_a_stage_start_in_the_order_of_the_launches() -> None:
     queue, log = WorkQueue(), list[str]()
-    first, second = [Operation(), Operation()], [Operation(), Operation()]
-    works = [queue.launch(stages(log, name, *ops), nullcontext) for name, ops in (("a", first), ("b", second))]
+    a, b = [Operation(), Operation(), Operation()], [Operation(), Operation(), Operation()]
+    first = queue.launch(stages(log, "a", a[0], Stage.EXCHANGE, a[1], Stage.FINISH, a[2]), nullcontext)
+    second = queue.launch(stages(log, "b", b[0], Stage.EXCHANGE, b[1], Stage.GATHER, b[2]), nullcontext)
     assert log == ["a0", "b0"]
-    second[0].complete = True
-    assert not works[1].done()
+    b[0].complete = True
+    assert not second.done()
     assert log == ["a0", "b0"]  # b1 may start after a1 only, whatever has completed
-    first[0].complete = True
-    assert not works[0].done()
-    assert log == ["a0", "b0", "a1"]
-    first[1].complete = True
-    assert not works[1].done()
+    a[0].complete = True
+    assert not first.done()
     assert log == ["a0", "b0", "a1", "b1"]
-    assert works[0].wait() == "a"
-    second[1].complete = True
-    assert works[1].done()
-    assert works[1].wait() == "b"
+    b[1].complete = True
+    assert not second.done()
+    assert log == ["a0", "b0", "a1", "b1"]  # a might still gather
+    a[1].complete = True
+    assert not second.done()
+    assert log == ["a0", "b0", "a1", "b1", "a2", "b2"]  # it did not: its finish is later than any gathering
+    b[2].complete = True
+    assert second.done()  # and need not wait for a's end
+    assert not first.done()
+    assert first.wait() == "a"
+    assert second.wait() == "b"
 
 
-def test_wait_advances_earlier_works_first() -> None:
-    queue, log = WorkQueue(), list[str]()
-    works = [queue.launch(stages(log, name, Operation(), Operation()), nullcontext) for name in "abc"]
+def test_a_rank_blocks_for_its_oldest_work_alone() -> None:
+    queue, log, waits = WorkQueue(), list[str](), list[str]()
+
+    def waiting(name: str) -> AbstractContextManager[None]:
+        waits.append(name)
+        return nullcontext()
+
+    works = [
+        queue.launch(stages(log, name, Operation(), Stage.EXCHANGE, Operation()), partial(waiting, name))
+        for name in "abc"
+    ]
     assert works[1].wait() == "b"
+    assert waits == ["a", "a", "b", "b"]
     assert log == ["a0", "b0", "c0", "a1", "b1"]
     assert works[2].wait() == "c"
     queue.drain()
