@@ -22,18 +22,18 @@ _MODULES_WITH_SPARSE_WEIGHT = (torch.nn.Embedding, torch.nn.EmbeddingBag)
 
 def check_arguments(
     optimizer: object,
-    blocking: object,
+    blocking: object = None,
     *,
     model: object,
     comm: object,
-    bucket_mb: object,
-    accumulation_steps: object,
-    wire_dtype: object,
-    reproducible: object,
     timeout: object,
-    fuse: object,
     shard: object,
-    master_dtype: object,
+    bucket_mb: object = None,
+    accumulation_steps: object = 1,
+    wire_dtype: object = None,
+    reproducible: object = False,
+    fuse: object = False,
+    master_dtype: object = None,
 ) -> SyncSettings:
     """Return the settings.
 
@@ -162,14 +162,15 @@ def listed_once(param_group: Any) -> tuple[Any, list[torch.Tensor]]:
     return (param_group if isinstance(members, set) else {**param_group, "params": listed}), found
 
 
-def route_around_fused_sgd(group: dict[str, Any]) -> None:
+def route_around_fused_sgd(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]]) -> None:
     """Turn ``fused`` off where torch's fused SGD is wrong: half types on a CPU are not updated (pytorch#191763)."""
-    half_on_cpu = any(p.device.type == "cpu" and p.dtype in (torch.float16, torch.bfloat16) for p in group["params"])
-    if group.get("fused") and half_on_cpu:
-        group["fused"] = False
-        warnings.warn(
-            "torch's fused SGD does not update float16 and bfloat16 parameters on a CPU correctly; "
-            "heatopt uses fused=False for this parameter group",
-            UserWarning,
-            stacklevel=4,
-        )
+    for group in groups if isinstance(optimizer, torch.optim.SGD) else ():
+        on_cpu = (p.dtype for p in group["params"] if p.device.type == "cpu")
+        if group.get("fused") and any(dtype in (torch.float16, torch.bfloat16) for dtype in on_cpu):
+            group["fused"] = False
+            warnings.warn(
+                "torch's fused SGD does not update float16 and bfloat16 parameters on a CPU correctly; "
+                "heatopt uses fused=False for this parameter group",
+                UserWarning,
+                stacklevel=4,
+            )

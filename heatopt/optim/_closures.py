@@ -1,4 +1,4 @@
-"""Closures that see averages, and steps with the hooks that were set on their optimizer."""
+"""Closures that see averages."""
 
 from __future__ import annotations
 
@@ -10,29 +10,12 @@ import torch
 
 from heatopt.sync import Call, Gradients, LocalGradients, mean_of
 
-__all__ = ["Closure", "step_with_hooks"]
+__all__ = ["Closure", "averaged"]
 
 Closure = Callable[[], Any]
 
 
-def step_with_hooks(
-    optimizer: torch.optim.Optimizer, stepper: Any, gradients: Gradients, closure: Closure | None
-) -> Any:
-    """One step of ``stepper`` between the step hooks of ``optimizer``; they see the closure as the user gave it."""
-    arguments: tuple[Any, ...] = (optimizer,) if closure is None else (optimizer, closure)
-    keywords: dict[str, Any] = {}
-    for pre_hook in optimizer._optimizer_step_pre_hooks.values():
-        changed: Any = pre_hook(optimizer, arguments, keywords)
-        if changed is not None:
-            arguments, keywords = changed
-    result = stepper.step(*(_averaged(c, gradients) for c in arguments[1:]), **keywords)
-    gradients.consume()
-    for post_hook in optimizer._optimizer_step_post_hooks.values():
-        post_hook(optimizer, arguments, keywords)
-    return result
-
-
-def _averaged(closure: Closure | None, gradients: Gradients) -> Closure | None:
+def averaged(closure: Closure | None, gradients: Gradients) -> Closure | None:
     """``closure``, with the reduction of ``gradients`` inside it; it returns the mean of the loss, weighted alike."""
     if closure is None or isinstance(gradients, LocalGradients):
         return closure

@@ -13,7 +13,7 @@ import torch
 from heatopt.comm import Communicator, world
 from heatopt.optim._arguments import check_arguments, listed_once, parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
-from heatopt.optim._closures import Closure, step_with_hooks
+from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
@@ -77,7 +77,8 @@ class DataParallelOptimizer(WeightedSamples):
             :meth:`zero_grad`. Averages add up until ``step()`` has used them. Not for LBFGS.
         master_dtype: ``torch.float32`` (or float64): narrower parameters, of bfloat16 or float16, are updated in copies
             of this dtype, ``"master_weight"`` among their states, with moments of this dtype, and set to the copy
-            rounded. A write to a parameter goes to its copy, too. Not with ``fuse``, nor for LBFGS.
+            rounded. A write to a parameter goes to its copy, too. State dicts have the copies in ``"master_weights"``,
+            which plain torch optimizers ignore. Not with ``fuse``, nor for LBFGS.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -138,17 +139,13 @@ class DataParallelOptimizer(WeightedSamples):
         copied: tuple[Any, Any] = (None, None),
     ) -> None:
         """Set every attribute."""
-        self.torch_optimizer = torch_optimizer
-        self._comm = comm
+        self._wrap(torch_optimizer, comm)
         self._names = names
         self._settings = settings
-        if isinstance(torch_optimizer, torch.optim.SGD):
-            for group in torch_optimizer.param_groups:
-                route_around_fused_sgd(group)
+        route_around_fused_sgd(torch_optimizer, torch_optimizer.param_groups)
         self._gradients, self._shards, self._states, self._stepper = assemble(
             torch_optimizer, comm, names, settings, *copied
         )
-        self._prepare_hooks()
         claim(self._parameters(), self)
 
     # Training
@@ -180,14 +177,14 @@ class DataParallelOptimizer(WeightedSamples):
             self._gradients.settle_by_hand(check_weight(weight))
         elif closure is None:
             self._gradients.settle(Call.STEP)
-        if closure is None and not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
-            result = self._stepper.step()
-            self._gradients.consume()
-            return result
-        return step_with_hooks(self, self._stepper, self._gradients, closure)
+        return super().step(closure)
 
-    # torch would wrap `step` with its profiling and its global hooks, which the wrapped optimizer's step runs already.
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True  # type: ignore[attr-defined]  # as in the base class
+
+    def _update(self, *arguments: Any, **keywords: Any) -> Any:
+        result = self._stepper.step(*(averaged(closure, self._gradients) for closure in arguments), **keywords)
+        self._gradients.consume()
+        return result
 
     def minimize(self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None) -> torch.Tensor:
         """Take one step by the averaged gradients of ``loss`` alone; those from before are cleared. Collective.
@@ -312,8 +309,7 @@ class DataParallelOptimizer(WeightedSamples):
         self._gradients.attach()  # a copy has not met the others yet, whose parameters are to be compared first
         self._states.gather()
         self.torch_optimizer.add_param_group(param_group)
-        if isinstance(self.torch_optimizer, torch.optim.SGD):
-            route_around_fused_sgd(self.param_groups[-1])
+        route_around_fused_sgd(self.torch_optimizer, self.param_groups[-1:])
         added = self._parameters()[count:]
         claim(added, self)
         self._gradients.extend()
@@ -321,30 +317,12 @@ class DataParallelOptimizer(WeightedSamples):
 
     # State
 
-    @outside_graphs
-    def state_dict(self) -> dict[str, Any]:
-        """The state as the plain torch optimizer gives it; equal on all ranks. Collective if it is sharded.
+    def _collect_state(self) -> dict[str, Any]:
+        return self._states.state_dict()
 
-        With ``master_dtype`` the copies are beside it in ``"master_weights"``, which plain torch optimizers ignore.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self._states.state_dict()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
-        return state_dict
-
-    @outside_graphs
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Do so on all ranks."""
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
         self._states.load_state_dict(state_dict)
         self._gradients.loads += 1
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     @outside_graphs
     def get_states(self, param: torch.Tensor) -> dict[str, Any]:
@@ -382,6 +360,3 @@ class DataParallelOptimizer(WeightedSamples):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
         self._assemble(optimizer, comm, names, state["settings"], (state["layout"], state["gradients"]))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(ranks={self._comm.size}, {self.torch_optimizer!r})"

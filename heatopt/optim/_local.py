@@ -64,21 +64,16 @@ class LocalOptimizer(OptimizerWrapper):
         settings: LocalSettings,
         outer: OuterFactory | None,
     ) -> None:
-        self.torch_optimizer = torch_optimizer
-        """The wrapped optimizer."""
+        self._wrap(torch_optimizer, place.comm)
         self._place = place
-        self._comm = place.comm
         self._settings = settings
-        if isinstance(torch_optimizer, torch.optim.SGD):
-            for group in torch_optimizer.param_groups:
-                route_around_fused_sgd(group)
+        route_around_fused_sgd(torch_optimizer, torch_optimizer.param_groups)
         self._subject = Subject(torch_optimizer, parameter_names(place.model), place.model)
         self._engine = LocalEngine(
             place.comm, self._subject, settings, outer=outer, within=place.within, nested=place.nested
         )
         self._stepper: torch.optim.Optimizer = torch_optimizer
         self._stepper_is_exact = False
-        self._prepare_hooks()
 
     def _construct(
         self,
@@ -299,6 +294,3 @@ class LocalOptimizer(OptimizerWrapper):
 
     def _take_more(self, more: dict[str, Any]) -> None:
         """The inverse of :meth:`_more`."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(ranks={self._comm.size}, {self.torch_optimizer!r})"

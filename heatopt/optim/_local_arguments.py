@@ -72,20 +72,7 @@ def check_choices(
         TypeError: an argument of the wrong type.
         ValueError: an argument out of range, or a wrapped wrapper.
     """
-    checked = check_arguments(
-        torch_optimizer,
-        None,
-        model=model,
-        comm=comm,
-        bucket_mb=None,
-        accumulation_steps=1,
-        wire_dtype=None,
-        reproducible=False,
-        timeout=timeout,
-        fuse=False,
-        shard=shard,
-        master_dtype=None,
-    )
+    checked = check_arguments(torch_optimizer, model=model, comm=comm, timeout=timeout, shard=shard)
     assert isinstance(torch_optimizer, torch.optim.Optimizer)
     if isinstance(torch_optimizer, (DataParallelOptimizer, LocalOptimizer)):
         raise ValueError(f"torch_optimizer is a {type(torch_optimizer).__name__} already; give the torch optimizer")

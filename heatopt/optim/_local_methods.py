@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -24,32 +24,76 @@ from heatopt.optim._local_arguments import (
     within_name,
 )
 
-__all__ = ["CO2", "DiLoCo", "LocalSGD", "PeriodicOptimizer", "SlowMo"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
+
+__all__ = ["CO2", "DiLoCo", "LocalOptions", "LocalSGD", "PeriodicOptimizer", "SlowMo"]
+
+
+class LocalOptions(TypedDict, total=False):
+    """The keyword arguments that all methods with fixed periods take."""
+
+    model: torch.nn.Module | None
+    """The module that the parameters belong to. Its floating buffers are averaged with the parameters, others are taken
+    from rank 0."""
+    comm: Communicator | None
+    """The ranks; default :func:`heatopt.world`."""
+    within: Communicator | str | None
+    """The ranks that average their gradients at each update and so count as one: None (the default): no others; "node";
+    or a communicator."""
+    average_moments: tuple[int, int] | None
+    """Periods of first and second moments, in units of ``sync_every``, after which they are averaged; (3, 6) is
+    recommended in DES-LOC, arXiv 2505.22549. Default: never."""
+    wire_dtype: torch.dtype | None
+    """What changes since the last average are rounded to on the network; sums are in single precision. Default: they
+    are not rounded."""
+    error_feedback: bool
+    """Add what was rounded away to the next change. Default: no."""
+    shard: str
+    """As in :class:`DataParallelOptimizer`, among the ranks that average gradients. Default: "none"."""
+    timeout: float | None
+    """Seconds; as in :class:`DataParallelOptimizer`."""
 
 
 class PeriodicOptimizer(LocalOptimizer):
-    """Base of the methods with fixed periods."""
+    """Base of the methods with fixed periods, with all their settings. Not made by users."""
 
-    def _start(
+    def __init__(
         self,
-        torch_optimizer: object,
+        torch_optimizer: torch.optim.Optimizer,
+        *,
+        sync_every: int,
         outer: OuterFactory | None,
-        choices: dict[str, Any],
+        warmup_steps: int = 0,
+        delay: int = 0,
+        fragments: int = 1,
+        mix: float | str = 0.0,
+        send_first: bool = False,
         nested: Nested = (),
-        **periods: Any,
+        model: torch.nn.Module | None = None,
+        comm: Communicator | None = None,
+        within: Communicator | str | None = None,
+        average_moments: tuple[int, int] | None = None,
+        wire_dtype: torch.dtype | None = None,
+        error_feedback: bool = False,
+        shard: str = "none",
+        timeout: float | None = None,
     ) -> None:
-        """Check what the methods share, and construct. ``choices`` are the arguments that they have in common."""
-        common = {name: choices[name] for name in ("model", "comm", "shard", "timeout", "within")}
-        optimizer, shard, timeout = check_choices(torch_optimizer, **common)
-        check_wire(choices["wire_dtype"], choices["error_feedback"])
-        schedule = PeriodicSchedule(
-            check_integer("sync_every", choices["sync_every"], 1),
-            warmup_steps=check_integer("warmup_steps", choices.get("warmup_steps", 0), 0),
-            moments=check_moments(choices["average_moments"], shard),
-            nested=check_nested(nested, choices["sync_every"]),
-            **periods,
+        optimizer, shard, timeout = check_choices(
+            torch_optimizer, model=model, comm=comm, shard=shard, timeout=timeout, within=within
         )
-        merge, share = _merging(choices.get("mix", 0.0))
+        _check_outer(outer)
+        check_wire(wire_dtype, error_feedback)
+        schedule = PeriodicSchedule(
+            check_integer("sync_every", sync_every, 1),
+            fragments=_check_fragments(fragments, sync_every, optimizer),
+            delay=_check_delay(delay, sync_every),
+            warmup_steps=check_integer("warmup_steps", warmup_steps, 0),
+            nested=check_nested(nested, sync_every),
+            moments=check_moments(average_moments, shard),
+            send_first=send_first,
+        )
+        merge, share = _merging(mix)
         settings = make_settings(
             self,
             optimizer,
@@ -57,14 +101,13 @@ class PeriodicOptimizer(LocalOptimizer):
             fragments=schedule.fragments,
             merge=merge,
             share=share,
-            wire_dtype=choices["wire_dtype"],
-            error_feedback=choices["error_feedback"],
-            within=within_name(choices["within"]),
+            wire_dtype=wire_dtype,
+            error_feedback=error_feedback,
+            within=within_name(within),
             shard=shard,
             timeout=timeout,
         )
-        place = check_place(choices["comm"], choices["model"], choices["within"], nested)
-        self._construct(optimizer, place, settings, outer)
+        self._construct(optimizer, check_place(comm, model, within, nested), settings, outer)
 
     def _plan(self) -> SyncPlan:
         schedule: PeriodicSchedule = self._settings.periods
@@ -79,9 +122,17 @@ def _merging(mix: object) -> tuple[str, float]:
     return "mix", check_number("mix", mix, 0, 1)
 
 
-def _check_delay(delay: object, sync_every: object) -> int:
+def _check_fragments(fragments: object, sync_every: int, optimizer: torch.optim.Optimizer) -> int:
+    fragments = check_integer("fragments", fragments, 1)
+    most = min(sync_every, max(1, sum(len(group["params"]) for group in optimizer.param_groups)))
+    if fragments > most:
+        raise ValueError(f"fragments must be at most sync_every and the number of parameters ({most} here)")
+    return fragments
+
+
+def _check_delay(delay: object, sync_every: int) -> int:
     delay = check_integer("delay", delay, 0)
-    if delay > check_integer("sync_every", sync_every, 1):
+    if delay > sync_every:
         raise ValueError(f"delay must be at most sync_every ({sync_every}), got {delay}")
     return delay
 
@@ -108,11 +159,11 @@ class LocalSGD(PeriodicOptimizer):
     Construction is collective and makes all ranks equal to rank 0. ``step``, ``state_dict``, ``load_state_dict`` and
     ``add_param_group`` are collective. With one process the wrapped optimizer's step is all that happens.
 
+    The other keyword arguments, ``model``, ``comm``, ``within``, ``average_moments``, ``wire_dtype``,
+    ``error_feedback``, ``shard`` and ``timeout``, are those of all methods with fixed periods: ``LocalOptions``.
+
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
-        model: the module that the parameters belong to. Its floating buffers are averaged with the parameters, others
-            are taken from rank 0.
-        comm: the ranks; default :func:`heatopt.world`.
         sync_every: H, updates between two averages.
         warmup_steps: updates with exactly averaged gradients before the first period.
         delay: updates between sending and merging, at most ``sync_every``; 0: wait for the average.
@@ -120,13 +171,6 @@ class LocalSGD(PeriodicOptimizer):
             have done as its gradient; None: the mean is taken as it is, as with SGD of learning rate 1.
         nested: groups that average more often: pairs of a communicator, or "node", and a period. Periods ascend and
             divide each other and ``sync_every``.
-        within: the ranks that average their gradients at each update and so count as one: None: no others; "node"; or
-            a communicator.
-        average_moments: periods of first and second moments, in units of ``sync_every``; (3, 6) is recommended there.
-        wire_dtype: what changes since the last average are rounded to on the network; sums are in single precision.
-        error_feedback: add what was rounded away to the next change.
-        shard: as in :class:`DataParallelOptimizer`, among the ranks that average gradients.
-        timeout: seconds; as in :class:`DataParallelOptimizer`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -144,24 +188,23 @@ class LocalSGD(PeriodicOptimizer):
         self,
         torch_optimizer: torch.optim.Optimizer,
         *,
-        model: torch.nn.Module | None = None,
-        comm: Communicator | None = None,
         sync_every: int = 8,
         warmup_steps: int = 0,
         delay: int = 0,
         outer: OuterFactory | None = None,
         nested: Nested = (),
-        within: Communicator | str | None = None,
-        average_moments: tuple[int, int] | None = None,
-        wire_dtype: torch.dtype | None = None,
-        error_feedback: bool = False,
-        shard: str = "none",
-        timeout: float | None = None,
+        **common: Unpack[LocalOptions],
     ) -> None:
-        choices = {name: value for name, value in locals().items() if name != "self"}
-        _check_outer(outer)
-        delay = _check_delay(delay, sync_every)
-        self._start(torch_optimizer, outer, choices | {"mix": "delta"}, nested, delay=delay)
+        super().__init__(
+            torch_optimizer,
+            sync_every=sync_every,
+            outer=outer,
+            warmup_steps=warmup_steps,
+            delay=delay,
+            mix="delta",
+            nested=nested,
+            **common,
+        )
 
 
 class SlowMo(PeriodicOptimizer):
@@ -177,18 +220,10 @@ class SlowMo(PeriodicOptimizer):
 
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer` whose groups have a learning rate.
-        model: as there.
-        comm: as there.
         sync_every: H.
         slow_lr: :math:`\alpha`.
         slow_momentum: :math:`\beta`, 0 <= beta < 1; more ranks bear more of it.
         warmup_steps: as there.
-        within: as there.
-        average_moments: as there.
-        wire_dtype: as there.
-        error_feedback: as there.
-        shard: as there.
-        timeout: as there.
 
     Raises:
         TypeError: as there.
@@ -200,23 +235,16 @@ class SlowMo(PeriodicOptimizer):
         self,
         torch_optimizer: torch.optim.Optimizer,
         *,
-        model: torch.nn.Module | None = None,
-        comm: Communicator | None = None,
         sync_every: int = 48,
         slow_lr: float = 1.0,
         slow_momentum: float = 0.5,
         warmup_steps: int = 0,
-        within: Communicator | str | None = None,
-        average_moments: tuple[int, int] | None = None,
-        wire_dtype: torch.dtype | None = None,
-        error_feedback: bool = False,
-        shard: str = "none",
-        timeout: float | None = None,
+        **common: Unpack[LocalOptions],
     ) -> None:
-        choices = {name: value for name, value in locals().items() if name != "self"}
         rate = check_number("slow_lr", slow_lr, 0, open_low=True)
         momentum = _check_momentum("slow_momentum", slow_momentum)
-        self._start(torch_optimizer, partial(SlowMomentum, lr=rate, momentum=momentum), choices)
+        outer = partial(SlowMomentum, lr=rate, momentum=momentum)
+        super().__init__(torch_optimizer, sync_every=sync_every, outer=outer, warmup_steps=warmup_steps, **common)
 
     def _after_update(self, plan: SyncPlan) -> None:
         if self.outer is not None:
@@ -240,8 +268,6 @@ class DiLoCo(PeriodicOptimizer):
 
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`; the papers use AdamW and Muon.
-        model: as there.
-        comm: as there.
         sync_every: H.
         outer_lr: :math:`\nu`.
         outer_momentum: :math:`\mu`, 0 <= mu < 1; Nesterov's where it is not 0.
@@ -251,12 +277,6 @@ class DiLoCo(PeriodicOptimizer):
         mix: :math:`\alpha`, the share of the local parameters in a delayed merge; or "delta", which keeps all that was
             done since the sending.
         warmup_steps: as there.
-        within: as there.
-        average_moments: as there.
-        wire_dtype: as there.
-        error_feedback: as there.
-        shard: as there.
-        timeout: as there.
 
     Raises:
         TypeError: as there.
@@ -268,8 +288,6 @@ class DiLoCo(PeriodicOptimizer):
         self,
         torch_optimizer: torch.optim.Optimizer,
         *,
-        model: torch.nn.Module | None = None,
-        comm: Communicator | None = None,
         sync_every: int = 50,
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
@@ -278,25 +296,21 @@ class DiLoCo(PeriodicOptimizer):
         delay: int = 0,
         mix: float | str = 0.5,
         warmup_steps: int = 0,
-        within: Communicator | str | None = None,
-        average_moments: tuple[int, int] | None = None,
-        wire_dtype: torch.dtype | None = None,
-        error_feedback: bool = False,
-        shard: str = "none",
-        timeout: float | None = None,
+        **common: Unpack[LocalOptions],
     ) -> None:
-        choices = {name: value for name, value in locals().items() if name != "self"}
-        _check_outer(outer)
         rate = check_number("outer_lr", outer_lr, 0, open_low=True)
         momentum = _check_momentum("outer_momentum", outer_momentum)
-        delay = _check_delay(delay, sync_every)
-        most = sync_every
-        if isinstance(torch_optimizer, torch.optim.Optimizer):
-            most = min(most, sum(len(group["params"]) for group in torch_optimizer.param_groups))
-        if check_integer("fragments", fragments, 1) > most:
-            raise ValueError(f"fragments must be at most sync_every and the number of parameters ({most} here)")
         nesterov = partial(torch.optim.SGD, lr=rate, momentum=momentum, nesterov=momentum > 0)
-        self._start(torch_optimizer, outer or nesterov, choices, delay=delay, fragments=fragments)
+        super().__init__(
+            torch_optimizer,
+            sync_every=sync_every,
+            outer=nesterov if outer is None else outer,
+            warmup_steps=warmup_steps,
+            delay=delay,
+            fragments=fragments,
+            mix=mix,
+            **common,
+        )
 
 
 class CO2(PeriodicOptimizer):
@@ -313,20 +327,12 @@ class CO2(PeriodicOptimizer):
 
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`.
-        model: as there.
-        comm: as there.
         sync_every: H.
         outer_lr: :math:`\alpha`.
         outer_momentum: :math:`\beta`, 0 <= beta < 1.
         gap: :math:`\Lambda`, the penalty of staleness, a constant. With 1 a period that comes close to an optimum is
             taken twice, once late; the default damps that.
         clip: largest absolute value of an element of u; None: no limit.
-        within: as there.
-        average_moments: as there.
-        wire_dtype: as there.
-        error_feedback: as there.
-        shard: as there.
-        timeout: as there.
 
     Raises:
         TypeError: as there.
@@ -338,29 +344,23 @@ class CO2(PeriodicOptimizer):
         self,
         torch_optimizer: torch.optim.Optimizer,
         *,
-        model: torch.nn.Module | None = None,
-        comm: Communicator | None = None,
         sync_every: int = 48,
         outer_lr: float = 1.0,
         outer_momentum: float = 0.2,
         gap: float = 2.0,
         clip: float | None = None,
-        within: Communicator | str | None = None,
-        average_moments: tuple[int, int] | None = None,
-        wire_dtype: torch.dtype | None = None,
-        error_feedback: bool = False,
-        shard: str = "none",
-        timeout: float | None = None,
+        **common: Unpack[LocalOptions],
     ) -> None:
-        choices = {name: value for name, value in locals().items() if name != "self"}
-        make: Callable[..., torch.optim.Optimizer] = partial(
+        outer: Callable[..., torch.optim.Optimizer] = partial(
             CO2Momentum,
             lr=check_number("outer_lr", outer_lr, 0, open_low=True),
             momentum=_check_momentum("outer_momentum", outer_momentum),
             gap=check_number("gap", gap, 0, open_low=True),
             clip=None if clip is None else check_number("clip", clip, 0, open_low=True),
         )
-        self._start(torch_optimizer, make, choices, delay=sync_every, send_first=True)
+        super().__init__(
+            torch_optimizer, sync_every=sync_every, outer=outer, delay=sync_every, send_first=True, **common
+        )
 
 
 def _check_momentum(name: str, value: object) -> float:

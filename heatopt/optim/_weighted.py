@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from heatopt.optim._wrapper import WrappedObjects
+from heatopt.optim._wrapper import OptimizerWrapper
 from heatopt.sync import Gradients, check_weight
 
 __all__ = ["WeightedSamples"]
 
 
-class WeightedSamples(WrappedObjects):
+class WeightedSamples(OptimizerWrapper):
     """A wrapper whose gradients may have weights."""
 
     _gradients: Gradients

@@ -7,23 +7,44 @@ from typing import Any
 
 import torch
 
+from heatopt.comm import Communicator
 from heatopt.optim._closures import Closure
 from heatopt.sync import outside_graphs
 
-__all__ = ["OptimizerWrapper", "WrappedObjects"]
+__all__ = ["OptimizerWrapper"]
 
 
-class WrappedObjects(torch.optim.Optimizer):
+class OptimizerWrapper(torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose groups, state and defaults are those of ``torch_optimizer``.
 
-    torch's own constructor is not called: it would add the parameter groups again. A subclass sets ``torch_optimizer``
-    and calls :meth:`_prepare_hooks`.
+    Its calls run torch's hooks around what the subclass does in them. torch's own constructor is not called: it would
+    add the parameter groups again. A subclass calls :meth:`_wrap` instead, and sets its own attributes.
     """
 
     torch_optimizer: torch.optim.Optimizer
+    """The wrapped optimizer."""
+    _comm: Communicator
 
-    def _prepare_hooks(self) -> None:
+    def _wrap(self, torch_optimizer: torch.optim.Optimizer, comm: Communicator) -> None:
+        self.torch_optimizer = torch_optimizer
+        self._comm = comm
         super().__setstate__({})  # hooks' dictionaries and torch's profiling
+
+    # What a subclass adds
+
+    @abstractmethod
+    def _update(self, *arguments: Any, **keywords: Any) -> Any:
+        """What a step does between its hooks."""
+
+    @abstractmethod
+    def _collect_state(self) -> dict[str, Any]:
+        """What state_dict() gives, between its hooks."""
+
+    @abstractmethod
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
+        """What load_state_dict() does between its hooks, with a dictionary that is the caller's."""
+
+    # The wrapped optimizer's own objects
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -61,27 +82,14 @@ class WrappedObjects(torch.optim.Optimizer):
         hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
-
-class OptimizerWrapper(WrappedObjects):
-    """One whose calls run torch's hooks around the method's own part of them."""
-
-    @abstractmethod
-    def _update(self, *arguments: Any, **keywords: Any) -> Any:
-        """What a step does between its hooks."""
-
-    @abstractmethod
-    def _collect_state(self) -> dict[str, Any]:
-        """What state_dict() gives, between its hooks."""
-
-    @abstractmethod
-    def _take_state(self, state_dict: dict[str, Any]) -> None:
-        """What load_state_dict() does between its hooks, with a dictionary that is the caller's."""
+    # Calls with hooks
 
     def step(self, closure: Closure | None = None) -> Any:
         """Update the parameters, and average as the method says. Collective.
 
         Args:
-            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss.
+            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss. Hooks see it as
+                it is given.
 
         Returns:
             What the wrapped optimizer returns.
@@ -102,7 +110,10 @@ class OptimizerWrapper(WrappedObjects):
 
     @outside_graphs
     def state_dict(self) -> dict[str, Any]:
-        """The state as the plain torch optimizer gives it, and the method's own beside. Collective."""
+        """The state as the plain torch optimizer gives it; beside it what the wrapper itself must remember.
+
+        Collective if the state is sharded, and for all local-update methods.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self._collect_state()
@@ -113,10 +124,13 @@ class OptimizerWrapper(WrappedObjects):
 
     @outside_graphs
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Collective."""
+        """Load what :meth:`state_dict`, here or of a plain torch optimizer, returned. Do so on all ranks."""
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._take_state(state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(ranks={self._comm.size}, {self.torch_optimizer!r})"

@@ -80,10 +80,7 @@ FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {
 # What a method is known by, all by keyword: these may exceed MAX_PARAMETERS too.
 METHODS_WITH_MANY_SETTINGS: dict[str, str] = {
     "heatopt.optim._daso.DASO.__init__": "the arguments of Heat's DASO",
-    "heatopt.optim._local_methods.CO2.__init__": "the paper's numbers beside those of all local methods",
-    "heatopt.optim._local_methods.DiLoCo.__init__": "the papers' numbers beside those of all local methods",
-    "heatopt.optim._local_methods.LocalSGD.__init__": "the settings of all local methods",
-    "heatopt.optim._local_methods.SlowMo.__init__": "the paper's numbers beside those of all local methods",
+    "heatopt.optim._local_methods.PeriodicOptimizer.__init__": "the settings of all local methods",
 }
 
 # Here constructors have the parameters that other systems, or torch, have given them.
