@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ import torch.distributed as dist
 import heatopt
 from heatopt.comm import Communicator
 
-__all__ = ["interleave", "median_ratio", "open_gloo", "setting", "write_json", "write_results"]
+__all__ = ["describe_machine", "interleave", "median_ratio", "open_gloo", "setting", "write_json", "write_results"]
 
 _KNOWN = ("OMP_NUM_THREADS", "HEATOPT_", "OMPI_MCA_coll", "OMPI_MCA_btl_tcp", "OMPI_MCA_mpi_yield")
 
@@ -61,16 +60,35 @@ def median_ratio(times: dict[str, list[float]], name: str, other: str) -> float:
 def setting(comm: Communicator) -> dict[str, Any]:
     """What a reader of the numbers must know."""
     return {
-        "date": datetime.date.today().isoformat(),
+        **describe_machine(),
         "ranks": comm.size,
         "nodes": comm.num_nodes,
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_KNOWN)},
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware, versions and date."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "processor": _processor_name(),
         "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "heatopt": heatopt.__version__,
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_KNOWN)},
     }
+
+
+def _processor_name() -> str:
+    """The processor as Linux names it, elsewhere as Python does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write_json(path: Path | None, comm: Communicator, results: Any) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from bench_overhead import describe_machine
+from _measuring import describe_machine
 from rich.console import Console
 from rich.table import Table
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for elements in options.elements:
         results[elements] = measure(options, elements)
         show(results[elements], f"{options.optimizer}.step() on {options.tensors} tensors of {elements} elements")
-    machine = describe_machine(options.threads)
+    machine = describe_machine()
     Console().print("; ".join(f"{name}: {value}" for name, value in machine.items()), highlight=False)
     if options.json:
         setting = {key: getattr(options, key) for key in ("optimizer", "tensors", "rounds", "steps")}

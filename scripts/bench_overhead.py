@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _measuring import describe_machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -170,30 +169,6 @@ def median_overhead(rounds: Sequence[Sequence[float]]) -> tuple[float, tuple[flo
     return median(rounds), (medians[25], medians[974])
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Hardware, versions and date."""
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "heatopt": getattr(heatopt, "__version__", "unknown"),
-    }
-
-
-def processor_name() -> str:
-    """The processor as Linux names it, elsewhere as Python does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def show_interval(value: float, interval: tuple[float, float]) -> str:
     """A fraction in percent, and below it its interval."""
     return f"{value:+.2%}\n{interval[0]:+.2%} .. {interval[1]:+.2%}"
@@ -268,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure(case, options.optimizer, rounds=options.rounds, pairs=options.pairs, block_ms=options.block_ms)
         for case in track(cases, "measuring", console=console, transient=True, disable=not sys.stdout.isatty())
     ]
-    machine = describe_machine(options.threads)
+    machine = describe_machine()
     show(results, machine, options.optimizer, console)
     if options.json:
         report = {"machine": machine, "optimizer": options.optimizer, "results": [asdict(r) for r in results]}

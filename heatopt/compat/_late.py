@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from heatopt.lr_scheduler import ParamScheduler
 from heatopt.optim import DataParallelOptimizer
 
 __all__ = ["LateOptimizer", "leaves_of"]
+
+T = TypeVar("T")
 
 _OPTIONS = set(inspect.signature(DataParallelOptimizer.__init__).parameters) - {"self", "torch_optimizer"}
 
@@ -43,6 +45,13 @@ def leaves_of(loss: torch.Tensor) -> list[torch.Tensor]:
             found.append(variable)
         waiting.extend(following for following, _ in reversed(node.next_functions))
     return found[::-1]
+
+
+def _known(made: T | None) -> T:
+    """What is made once the parameters are known."""
+    if made is None:
+        raise RuntimeError("the parameters are not known before the first loss, unless they are given (params=)")
+    return made
 
 
 class LateOptimizer:
@@ -80,9 +89,7 @@ class LateOptimizer:
         Raises:
             RuntimeError: the parameters are not known yet.
         """
-        if self._wrapped is None:
-            raise RuntimeError("the parameters are not known before the first loss, unless they are given (params=)")
-        return self._wrapped
+        return _known(self._wrapped)
 
     @property
     def scheduler(self) -> ParamScheduler:
@@ -91,9 +98,7 @@ class LateOptimizer:
         Raises:
             RuntimeError: the parameters are not known yet.
         """
-        if self._scheduler is None:
-            raise RuntimeError("the parameters are not known before the first loss, unless they are given (params=)")
-        return self._scheduler
+        return _known(self._scheduler)
 
     @property
     def is_attached(self) -> bool:
