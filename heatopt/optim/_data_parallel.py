@@ -136,7 +136,7 @@ class DataParallelOptimizer(WeightedSamples):
         comm: Communicator,
         names: dict[int, str],
         settings: SyncSettings,
-        copied: tuple[Any, Any] = (None, None),
+        layout: Any = None,
     ) -> None:
         """Set every attribute."""
         self._wrap(torch_optimizer, comm)
@@ -144,7 +144,7 @@ class DataParallelOptimizer(WeightedSamples):
         self._settings = settings
         route_around_fused_sgd(torch_optimizer, torch_optimizer.param_groups)
         self._gradients, self._shards, self._states, self._stepper = assemble(
-            torch_optimizer, comm, names, settings, *copied
+            torch_optimizer, comm, names, settings, layout
         )
         claim(self._parameters(), self)
 
@@ -342,7 +342,6 @@ class DataParallelOptimizer(WeightedSamples):
             "names": [self._names.get(id(parameter)) for parameter in self._parameters()],
             "settings": self._settings,
             "layout": self._states.layout(),
-            "gradients": self._shards.contents(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -359,4 +358,4 @@ class DataParallelOptimizer(WeightedSamples):
         optimizer = optimizer_from_contents(*state["torch_optimizer"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
-        self._assemble(optimizer, comm, names, state["settings"], (state["layout"], state["gradients"]))
+        self._assemble(optimizer, comm, names, state["settings"], state["layout"])

@@ -40,7 +40,6 @@ def assemble(
     names: dict[int, str],
     settings: SyncSettings,
     layout: Any,
-    kept: Any,
 ) -> Parts:
     """Make the parts for ``optimizer``, the wrapped one.
 
@@ -50,19 +49,17 @@ def assemble(
         names: name of parameters by ``id``, for messages.
         settings: what the user chose.
         layout: of the states that a copy has brought.
-        kept: the gradients that a copy has brought.
 
     Raises:
         HeatoptError: what a copy has brought belongs to another rank.
     """
     ShardedStates.check_layout(layout, comm)
-    GradientShards.check_contents(kept, comm)
     masters = Masters(settings.master_dtype) if settings.master_dtype is not None else None
     if comm.size == 1:
         gradients = LocalGradients(lambda: optimizer.param_groups)
         return Parts(gradients, GradientShards(), *_unsharded(optimizer, settings, masters))
     divides = settings.shard == "gradients"
-    shards = GradientShards(GradientDivision(optimizer), kept) if divides else GradientShards()
+    shards = GradientShards(GradientDivision(optimizer)) if divides else GradientShards()
     # The callback must not hold the wrapper, which is to die with its last user.
     sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards)
     if settings.shard == "none":

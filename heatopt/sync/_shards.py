@@ -10,7 +10,8 @@ owned or not. Averages of several reductions add up until an update uses them; w
 cleared by ``zero_grad()`` or not, because ``module.zero_grad()`` cannot reach what is kept.
 
 A partition belongs to a plan. Where that changes (added, unfrozen or converted parameters), and inside ``join()``,
-gradients become whole on all ranks: contributions again, equal on all of them, whose mean is what they were.
+gradients become whole on all ranks: contributions again, equal on all of them, whose mean is what they were. A copy of
+the optimizer has no gradients, as the copy of a torch.nn.Parameter has none.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 
 from heatopt.buckets import BucketPlan, GradientBucket, Piece, ScatteredBucket, gradient_dtype, plan_rows
 from heatopt.comm import BucketMemory, Communicator
-from heatopt.errors import HeatoptError
 
 __all__ = ["Divide", "GradientShards"]
 
@@ -38,12 +38,10 @@ class GradientShards:
 
     Args:
         divide: who owns what; None if gradients are not sharded.
-        contents: those of the object of which this one is a copy; see :meth:`contents`.
     """
 
-    def __init__(self, divide: Divide | None = None, contents: Any = None) -> None:
+    def __init__(self, divide: Divide | None = None) -> None:
         self._divide = divide
-        self._contents = contents
         self._channel: Communicator | None = None
         self._buckets: list[ScatteredBucket] = []
         self._memory_bytes = 0
@@ -115,14 +113,11 @@ class GradientShards:
                 gradient = gradient + parameter.grad
             parameter.grad = gradient
         self._buckets, self.pieces, self.turns = [], (), []
-        self._contents = None
         self._memory_bytes = 0
         self._used = False
 
     def _by_start(self) -> dict[int, tuple[int, torch.Tensor]]:
         """What is kept and not used up, on the CPU, by parameter index."""
-        if self._contents is not None:
-            return dict(self._contents["kept"])
         if self._used or self._channel is None:
             return {}
         rank = self._channel.rank
@@ -147,7 +142,6 @@ class GradientShards:
     def clear(self, set_to_none: bool) -> None:
         """Do what ``zero_grad`` does to gradients. Local."""
         self._used = False
-        self._contents = None
         for bucket in self._buckets:
             if set_to_none:
                 bucket.clear()
@@ -186,27 +180,6 @@ class GradientShards:
             for row in table
             if row[0] >= 0
         ]
-
-    # Copies
-
-    def contents(self) -> Any:
-        """What a copy of the optimizer needs."""
-        kept = self._by_start()
-        if not kept:
-            return None
-        channel = self._channel
-        place = (channel.rank, channel.size) if channel is not None else self._contents["place"]
-        return {"kept": kept, "place": place}
-
-    @staticmethod
-    def check_contents(contents: Any, comm: Communicator) -> None:
-        """Raise unless the pieces that a copy has brought belong to this rank of as many ranks."""
-        if contents is not None and contents["place"] != (comm.rank, comm.size):
-            rank, size = contents["place"]
-            raise HeatoptError(
-                f"the copy of the optimizer holds the gradients of rank {rank} of {size}, but this is rank {comm.rank} "
-                f"of {comm.size}; copy it after zero_grad()"
-            )
 
 
 def _holder(gradient: torch.Tensor) -> torch.Tensor:

@@ -76,6 +76,7 @@ FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {
     "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
     "heatopt.checkpoint._save.save": "what users save, by keyword",
     "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
+    "heatopt.optim._local_methods.DiLoCo.__init__": "the numbers of two papers, by keyword",
 }
 # What a method is known by, all by keyword: these may exceed MAX_PARAMETERS too.
 METHODS_WITH_MANY_SETTINGS: dict[str, str] = {
