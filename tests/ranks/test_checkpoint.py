@@ -7,6 +7,7 @@ import logging
 import math
 import random
 import struct
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import heatopt
+from heatopt.checkpoint._writing import Writer
 from heatopt.comm import ThreadWorld
 from tests.ranks._training import (
     ALGORITHMS,
@@ -417,8 +419,19 @@ def test_tied_parameters_are_written_once(ranks: Ranks, tmp_path: Path) -> None:
 # In the background
 
 
-def test_background(ranks: Ranks, tmp_path: Path) -> None:
-    """What training does meanwhile does not change what is saved."""
+def test_background(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training does meanwhile does not change what is saved, however late it is written."""
+    trained = [threading.Event() for _ in range(ranks.size)]
+    write = Writer.write
+
+    saves = [0] * ranks.size
+
+    def write_late(self: Writer) -> Any:
+        saves[self.rank] += 1
+        assert saves[self.rank] == 1 or trained[self.rank].wait(20)
+        return write(self)
+
+    monkeypatch.setattr(Writer, "write", write_late)
 
     def body(comm: Communicator) -> None:
         path = shared(comm, tmp_path)
@@ -430,6 +443,7 @@ def test_background(ranks: Ranks, tmp_path: Path) -> None:
             train(optimizer, model, [])
             handle = heatopt.save(path, model=model, optimizer=optimizer, background=True)
         train(optimizer, model, [batch(1, comm.rank)])
+        trained[comm.rank].set()
         handle.wait()
         handle.wait()
         again = net(seed=1)
