@@ -13,7 +13,7 @@ from torch import nn
 import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator, ThreadWorld
-from tests.ranks._sharding import SHARDS, assert_close, assert_same_bits
+from tests.ranks._sharding import SHARDS, assert_alike, assert_close, assert_same_bits
 from tests.support import parity
 from tests.support.launch import LAUNCH
 from tests.support.problems import Net, Table, words
@@ -176,11 +176,8 @@ def test_sums_of_several_backwards(ranks: Ranks) -> None:
     """Synchronised each time, locally in between, and some by hand: the gradients of one sum."""
 
     def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, sgd(net), shard)
-            for loss in net.losses(comm.size, comm.rank):
+        def run(net: Net, optimizer: Any, losses: Any) -> None:
+            for loss in losses:
                 optimizer.zero_grad()
                 loss().backward()
                 loss().backward()
@@ -189,8 +186,8 @@ def test_sums_of_several_backwards(ranks: Ranks) -> None:
                 loss().backward()
                 net.unused.grad = torch.full_like(net.unused, comm.rank)
                 optimizer.step()
-            results.append(parity.snapshot(net, optimizer))
-        assert_close(results, 1e-12)
+
+        assert_alike(comm, sgd, run, 1e-12)
 
     ranks(body, min_size=2)
 
@@ -199,17 +196,14 @@ def test_one_rank_calls_backward_more_often(ranks: Ranks) -> None:
     """The others serve it from inside their ``step()``."""
 
     def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, sgd(net), shard)
-            for loss in net.losses(comm.size, comm.rank):
+        def run(net: Net, optimizer: Any, losses: Any) -> None:
+            for loss in losses:
                 optimizer.zero_grad()
                 for _ in range(1 + comm.rank):
                     loss().backward()
                 optimizer.step()
-            results.append(parity.snapshot(net, optimizer))
-        assert_close(results, 1e-12)
+
+        assert_alike(comm, sgd, run, 1e-12)
 
     ranks(body, min_size=2)
 
@@ -219,11 +213,8 @@ def test_an_update_ends_a_sum(ranks: Ranks, clear: str) -> None:
     """``module.zero_grad()``, and gradients set by hand in the place of earlier ones, need no ``zero_grad()``."""
 
     def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, sgd(net), shard)
-            for number, loss in enumerate(net.losses(comm.size, comm.rank)):
+        def run(net: Net, optimizer: Any, losses: Any) -> None:
+            for number, loss in enumerate(losses):
                 if clear == "module":
                     net.zero_grad()
                     loss().backward()
@@ -231,30 +222,23 @@ def test_an_update_ends_a_sum(ranks: Ranks, clear: str) -> None:
                     for parameter in net.parameters():
                         parameter.grad = torch.full_like(parameter, number + comm.rank)
                 optimizer.step()
-            results.append(parity.snapshot(net, optimizer))
-        assert_same_bits(results)
+
+        assert_alike(comm, sgd, run)
 
     ranks(body, min_size=2)
 
 
 def test_gradients_that_are_used_twice_or_zeroed(ranks: Ranks) -> None:
-    def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, torch.optim.AdamW(net.parameters(), lr=0.1), shard)
-            (loss, *_) = net.losses(comm.size, comm.rank)
-            loss().backward()
-            optimizer.step()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-            optimizer.step()
-            optimizer.zero_grad()
-            optimizer.step()
-            results.append(parity.snapshot(net, optimizer))
-        assert_same_bits(results)
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        losses[0]().backward()
+        optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.step()
 
-    ranks(body, min_size=2)
+    ranks(lambda comm: assert_alike(comm, lambda net: torch.optim.AdamW(net.parameters(), lr=0.1), run), min_size=2)
 
 
 def test_gradients_cleared_between_backward_and_step(ranks: Ranks) -> None:
@@ -342,21 +326,18 @@ def test_overflow_on_one_rank(ranks: Ranks, clears: bool) -> None:
     """All ranks skip that step, and what overflowed does not come back."""
 
     def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, sgd(net), shard)
+        def run(net: Net, optimizer: Any, losses: Any) -> None:
             scaler = heatopt.GradScaler("cpu", init_scale=16.0)
-            for number, loss in enumerate(net.losses(comm.size, comm.rank) * 2):
+            for number, loss in enumerate(losses * 2):
                 optimizer.zero_grad() if clears else net.zero_grad()
                 overflows = number == 1 and comm.rank == comm.size - 1
                 scaler.scale(loss() * (math.inf if overflows else 1)).backward()
                 scaler.unscale_(optimizer)
                 scaler.step(optimizer)
                 scaler.update()
-            results.append([parity.snapshot(net, optimizer), scaler.get_scale()])
-        assert results[0][1] == 8
-        assert_same_bits(results)
+            assert scaler.get_scale() == 8
+
+        assert_alike(comm, sgd, run)
 
     ranks(body, min_size=2)
 
@@ -462,25 +443,17 @@ def test_gradients_are_whole_inside_join(ranks: Ranks) -> None:
 
 
 def test_an_interrupted_backward(ranks: Ranks) -> None:
-    def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, sgd(net), shard, bucket_mb=8.0)
+    def fail(_: torch.Tensor) -> None:
+        raise ArithmeticError("a test")
 
-            def fail(_: torch.Tensor) -> None:
-                raise ArithmeticError("a test")
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        handle = net.bias.register_hook(fail)
+        with pytest.raises(ArithmeticError):
+            losses[0]().backward()
+        handle.remove()
+        train(optimizer, losses)
 
-            losses = net.losses(comm.size, comm.rank)
-            handle = net.bias.register_hook(fail)
-            with pytest.raises(ArithmeticError):
-                losses[0]().backward()
-            handle.remove()
-            train(optimizer, losses)
-            results.append(parity.snapshot(net, optimizer))
-        assert_same_bits(results)
-
-    ranks(body, min_size=2)
+    ranks(lambda comm: assert_alike(comm, sgd, run, bucket_mb=8.0), min_size=2)
 
 
 def test_two_optimizers(ranks: Ranks) -> None:
@@ -530,13 +503,7 @@ def test_a_lost_gradient_is_noticed(ranks: Ranks, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(GradientShards, "clear", lambda self, set_to_none: None)
 
     def body(comm: Communicator) -> None:
-        results = []
-        for shard in SHARDS:
-            net = Net()
-            optimizer = wrap(comm, sgd(net), shard)
-            train(optimizer, net.losses(comm.size, comm.rank))
-            results.append(parity.snapshot(net, optimizer))
         with pytest.raises(AssertionError, match="gradients"):
-            assert_same_bits(results)
+            assert_alike(comm, sgd, lambda net, optimizer, losses: train(optimizer, losses))
 
     ranks(body, min_size=2)

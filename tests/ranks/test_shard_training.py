@@ -15,11 +15,11 @@ import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError
-from tests.ranks._sharding import SHARDS, assert_close, assert_same_bits
+from tests.ranks._sharding import SHARDS, assert_alike, assert_same_bits
 from tests.support import parity
 from tests.support.problems import Net
 from tests.support.ranks import Ranks
-from tests.support.training import SMALL_BUCKET_MB, train
+from tests.support.training import train
 
 each_kind = pytest.mark.parametrize("shard", SHARDS[1:])
 
@@ -28,21 +28,6 @@ def adamw(net: Net) -> torch.optim.Optimizer:
     """Two groups of different options."""
     early, late = [net.first, net.bias, net.scale], [net.branch, net.unused, net.second, net.empty]
     return torch.optim.AdamW([{"params": early}, {"params": late, "lr": 0.01, "weight_decay": 0.3}])
-
-
-def assert_alike(comm: Communicator, run: Any, tolerance: float = 0.0) -> None:
-    """``run(net, optimizer, losses)`` leaves the same with and without each kind of sharding, and on all ranks."""
-    results = []
-    for shard in SHARDS:
-        net = Net()
-        optimizer = DataParallelOptimizer(adamw(net), comm=comm, shard=shard, bucket_mb=SMALL_BUCKET_MB)
-        extra = run(net, optimizer, net.losses(comm.size, comm.rank))
-        results.append([parity.snapshot(net, optimizer), extra])
-    parity.assert_ranks_equal(comm, results)
-    if tolerance:
-        assert_close(results, tolerance)
-    else:
-        assert_same_bits(results)
 
 
 def test_schedulers(ranks: Ranks) -> None:
@@ -58,7 +43,7 @@ def test_schedulers(ranks: Ranks) -> None:
             inner.step()
         assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor)
 
-    ranks(lambda comm: assert_alike(comm, run))
+    ranks(lambda comm: assert_alike(comm, adamw, run))
 
 
 def test_clipping_and_accumulation(ranks: Ranks) -> None:
@@ -74,7 +59,7 @@ def test_clipping_and_accumulation(ranks: Ranks) -> None:
         return norms
 
     # Norms are joined from those of pieces, where gradients are sharded.
-    ranks(lambda comm: assert_alike(comm, run, 1e-12))
+    ranks(lambda comm: assert_alike(comm, adamw, run, 1e-12))
 
 
 @each_kind
@@ -105,7 +90,7 @@ def test_grad_scaler(ranks: Ranks) -> None:
             scaler.update()
         return scaler.get_scale()
 
-    ranks(lambda comm: assert_alike(comm, run))
+    ranks(lambda comm: assert_alike(comm, adamw, run))
 
 
 def test_join(ranks: Ranks) -> None:
@@ -118,7 +103,7 @@ def test_join(ranks: Ranks) -> None:
         train(optimizer, losses)
 
     def body(comm: Communicator) -> None:
-        assert_alike(comm, run)
+        assert_alike(comm, adamw, run)
 
     ranks(body)
 
@@ -176,7 +161,7 @@ def test_replaced_data_and_states(ranks: Ranks) -> None:
             optimizer.state[parameter] = {key: value.clone() for key, value in state.items()}
         train(optimizer, losses)
 
-    ranks(lambda comm: assert_alike(comm, run))
+    ranks(lambda comm: assert_alike(comm, adamw, run))
 
 
 def test_strided_parameters_are_read_before_each_step(ranks: Ranks) -> None:
@@ -188,7 +173,7 @@ def test_strided_parameters_are_read_before_each_step(ranks: Ranks) -> None:
                 net.first.mul_(2)
         net.first.data = net.first.data.contiguous()
 
-    ranks(lambda comm: assert_alike(comm, run))
+    ranks(lambda comm: assert_alike(comm, adamw, run))
 
 
 @each_kind
@@ -269,7 +254,7 @@ def test_a_lost_piece_is_noticed(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, 
 
     def body(comm: Communicator) -> None:
         with pytest.raises(AssertionError, match=r"differ in|other bits"):
-            assert_alike(comm, run)
+            assert_alike(comm, adamw, run)
 
     with sharing_skips(monkeypatch, skipped):
         ranks(body, min_size=2)
