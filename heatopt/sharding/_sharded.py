@@ -18,11 +18,12 @@ from operator import attrgetter
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import torch
 
 from heatopt._log import logger
 from heatopt.comm import BucketMemory, Communicator
-from heatopt.errors import RankMismatchError
+from heatopt.errors import RankFailedError, RankMismatchError
 from heatopt.sharding._declaration import NUMBERS, Manner, keeps_state, manner_of
 from heatopt.sharding._division import shard_specs
 from heatopt.sharding._gather import Ownership, cut_state, flatten_state, gather_states, is_part, outline_states
@@ -98,8 +99,14 @@ class ShardedStates(States):
                 self._member_update.update_whole(arguments)
                 return loss
             views = self._prepare(self._parameters())
-            self._update_members(views, arguments)
+            error = None
+            try:
+                self._update_members(views, arguments)
+            except Exception as caught:
+                error = caught
+            # After an error too: whatever has become of the parameters, all ranks have the same.
             views.share(self._channel())
+            _raise_on_all_ranks(self._channel(), error)
         return loss
 
     def _update_members(self, views: Views, arguments: tuple[Any, ...]) -> None:
@@ -343,6 +350,21 @@ class ShardedStates(States):
         """Raise unless the pieces that a copy has brought belong to this rank of as many ranks."""
         if layout is not None:
             layout.check(comm)
+
+
+def _raise_on_all_ranks(comm: Communicator, error: Exception | None) -> None:
+    """Raise ``error`` where there is one, and on the other ranks one that tells of it. Collective."""
+    what = "a look at whether all ranks have made their part of the update"
+    if not comm.exchange_words(np.array([error is not None], dtype=np.int64), what).any():
+        return
+    causes = comm.exchange_objects(None if error is None else f"{type(error).__name__}: {error}", what)
+    if error is not None:
+        raise error
+    rank, cause = next((rank, cause) for rank, cause in enumerate(causes) if cause is not None)
+    raise RankFailedError(
+        f"rank {rank} has failed in its part of the update: {cause}; the other ranks have updated theirs, and all have "
+        "the same parameters: mend the cause, and load a checkpoint or go on from here"
+    )
 
 
 def _require_equal(whole: list[int | None]) -> None:

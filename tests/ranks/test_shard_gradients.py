@@ -74,7 +74,10 @@ def test_memory(ranks: Ranks, blocking: bool, bucket_mb: float) -> None:
 @pytest.mark.parametrize(("size", "per_node"), [(2, 1), (3, 1), (4, 1)])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor], ids=lambda kind: kind.__name__)
 def test_traffic(size: int, per_node: int, kind: type[torch.optim.Optimizer]) -> None:
-    """2 N (n - 1) / n elements per rank and step, to the owners and back; one header and one operation per bucket."""
+    """2 N (n - 1) / n elements per rank and step, to the owners and back, in one operation per bucket.
+
+    Beside them: a header for backward, one for the step, and a word at its end.
+    """
     world = ThreadWorld(size, ranks_per_node=per_node, timeout=20)
     count = 12
 
@@ -90,7 +93,7 @@ def test_traffic(size: int, per_node: int, kind: type[torch.optim.Optimizer]) ->
             optimizer.step()
         events = [event for event in list(world.events) if event.rank == comm.rank][before:]
         kinds = [event.kind for event in events]
-        assert kinds == ["words", *["all_to_all_parts"] * 3, "words", "all_gather"]
+        assert kinds == ["words", *["all_to_all_parts"] * 3, "words", "all_gather", "words"]
         others = size - 1
         sent = sum(event.bytes for event in events if event.kind == "all_to_all_parts") * others / size
         received = sum(event.bytes for event in events if event.kind == "all_gather") * others

@@ -14,7 +14,7 @@ from torch import nn
 import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator
-from heatopt.errors import HeatoptError
+from heatopt.errors import HeatoptError, RankFailedError
 from tests.ranks._sharding import SHARDS, assert_alike, assert_same_bits
 from tests.support import parity
 from tests.support.problems import Net
@@ -232,6 +232,45 @@ def test_unknown_algorithms_get_whole_tensors(ranks: Ranks, caplog: pytest.LogCa
 
     ranks(body, min_size=2)
     assert "Odd is not torch's own" in caplog.text
+
+
+@each_kind
+def test_an_update_that_fails_on_one_rank(ranks: Ranks, shard: str) -> None:
+    """All ranks raise at once, with the cause, and are equal: what others own is updated. They can train on."""
+
+    def body(comm: Communicator) -> None:
+        parameters = [nn.Parameter(torch.ones(5, 3)) for _ in range(2 * comm.size)]
+        plain = Frail(parameters, lr=0.5)
+        optimizer = DataParallelOptimizer(plain, comm=comm, shard=shard)
+        plain.fails = comm.rank == comm.size - 1
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        error, text = (ArithmeticError, "^a test$") if plain.fails else (RankFailedError, CAUSE)
+        with pytest.raises(error, match=text.format(comm.size - 1)):
+            optimizer.step()
+        parity.assert_ranks_equal(comm, parameters)
+        updated = [bool((parameter == 0.5).all()) for parameter in parameters]
+        assert sum(updated) == 2 * comm.size - 2
+        plain.fails = False
+        optimizer.step()
+        parity.assert_ranks_equal(comm, parameters)
+        assert [parameter[0, 0].item() for parameter in parameters] == [0.5 - 0.5 * number for number in updated]
+
+    ranks(body, min_size=2)
+
+
+CAUSE = "^rank {} has failed in its part of the update: ArithmeticError: a test; .* have updated theirs"
+
+
+class Frail(torch.optim.SGD):
+    """Updates nothing while it is told to fail."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise ArithmeticError("a test")
+        return super().step(closure)
 
 
 @contextmanager
