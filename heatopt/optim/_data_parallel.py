@@ -182,7 +182,9 @@ class DataParallelOptimizer(WeightedSamples):
     step.hooked = True  # type: ignore[attr-defined]  # as in the base class
 
     def _update(self, *arguments: Any, **keywords: Any) -> Any:
-        result = self._stepper.step(*(averaged(closure, self._gradients) for closure in arguments), **keywords)
+        if arguments:
+            arguments = tuple(averaged(closure, self._gradients) for closure in arguments)
+        result = self._stepper.step(*arguments, **keywords)
         self._gradients.consume()
         return result
 

@@ -94,6 +94,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         Returns:
             What the wrapped optimizer returns.
         """
+        if closure is None and not self._optimizer_step_pre_hooks and not self._optimizer_step_post_hooks:
+            return self._update()  # small models notice what the rest costs
         arguments: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         keywords: dict[str, Any] = {}
         for pre_hook in self._optimizer_step_pre_hooks.values():
