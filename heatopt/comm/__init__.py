@@ -15,7 +15,7 @@ from heatopt.comm._settings import check_timeout
 from heatopt.comm._single import SingleCommunicator
 from heatopt.comm._threads import ThreadCommunicator, ThreadWorld
 from heatopt.comm._topology import Topology
-from heatopt.comm._work import Work
+from heatopt.comm._work import Handle, Work
 
 if TYPE_CHECKING:
     from heatopt.comm._mpi import MPICommunicator
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BucketMemory",
     "Communicator",
+    "Handle",
     "MPICommunicator",
     "NodeGroups",
     "ReduceOptions",

@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
+from heatopt.comm._background import HostWork, StreamWork
 from heatopt.comm._collectives import broadcast_flat, gather_flat, reduce_flat, reduce_scatter_rows
 from heatopt.comm._group import RankGroup, Words
 from heatopt.comm._node_reduction import BucketMemory, ReduceOptions, Take
@@ -15,7 +16,7 @@ from heatopt.comm._reducer import BucketReducer
 from heatopt.comm._tensors import check_reduction, describe_call, flatten
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Watchdog
-from heatopt.comm._work import Steps, Work
+from heatopt.comm._work import Handle, Steps, Work
 
 __all__ = ["Communicator", "NodeGroups", "Words"]
 
@@ -163,6 +164,20 @@ class Communicator(RankGroup):
         self._agree(f"duplicate for {purpose}", purpose)
         return self._make_group([list(range(self.size))], purpose)
 
+    def background(self, purpose: str = "background()") -> Communicator:
+        """Return a communicator of the same ranks whose works other communicators' calls do not complete. Collective.
+
+        What is launched on it goes on by itself, beside other collectives, until ``wait()``; a blocking call of its own
+        completes the works before it.
+
+        Args:
+            purpose: names the call in messages.
+        """
+        twin = self.duplicate(purpose)
+        if self.can_use_threads:
+            twin._queue = self._queue.branch()
+        return twin
+
     def _make_group(self, groups: list[list[int]], what: str) -> Communicator:
         self._queue.drain()
         self._children += 1
@@ -188,6 +203,15 @@ class Communicator(RankGroup):
     @abstractmethod
     def abort(self, message: str, code: int = 1) -> NoReturn:
         """End the job on all ranks with ``message`` on stderr and a non-zero exit code."""
+
+    def _leave(self) -> None:
+        """The program ends: what is on its way in the background must arrive, because other ranks may wait for it."""
+        try:
+            self._queue.finish_branches()
+        except Exception as error:
+            self.abort(f"at the end of the program of rank {self.rank}: {type(error).__name__}: {error}")
+        if self._watchdog is not None:
+            self._watchdog.leave()
 
     # What the layers above use: no agreement check, since their plans are fingerprinted.
 
@@ -220,6 +244,18 @@ class Communicator(RankGroup):
             self._run(steps, what)
             return None
         return self._launch(steps, what)
+
+    def reduce_async(self, flat: torch.Tensor, op: str, what: str) -> Handle[None]:
+        """Launch the "sum" or "mean" of the contiguous ``flat`` over all ranks, in place; waits for nobody.
+
+        The bits are those of :meth:`allreduce`.
+        """
+        divisor = self.size if op == "mean" else 1
+        if flat.device.type != "cpu" and self._is_on_device(flat):
+            return StreamWork(flat, lambda: self._run(reduce_flat(self, flat, op, divisor, False), what))
+        host = flat.to("cpu")
+        work = self._launch(reduce_flat(self, host, op, divisor, False), what)
+        return work if host is flat else HostWork(work, host, flat)
 
     def share_memory(self, memory: BucketMemory, take: Take, what: str) -> None:
         """Show what the other ranks have in their ``memory.own`` to ``take(rank, theirs)``."""

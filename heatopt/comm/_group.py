@@ -38,6 +38,8 @@ class RankGroup(Transport):
 
     can_share_memory = False
     """True if ranks of a node may reduce in each other's memory."""
+    can_use_threads = False
+    """True if threads may use different communicators at a time; see [Note: Works in the background]."""
     is_gone: Callable[[int], bool] | None = None
     """Asked now and then, by a rank that waits in shared memory, about the rank that it waits for."""
 

@@ -109,14 +109,15 @@ class MPICommunicator(Communicator):
         self._lanes = (base.Dup(), base.Dup())
         self._nccl: Communicator | None = None
         self._nccl_decided = False
-        self._queue.needs_calls = self.num_nodes > 1 and MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self.can_use_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        self._queue.needs_calls = self.num_nodes > 1 and self.can_use_threads
 
     def _watch(self, base: MPI.Intracomm) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             logger.warning("MPI was started without thread support, so a rank that never comes is not noticed")
             return
         self._watchdog = Watchdog(self.rank, self.size, _MPIBulletin(base.Dup()), self._end_job)
-        tell_on_exit(self._watchdog.leave)
+        tell_on_exit(self._leave)
 
     def abort(self, message: str, code: int = 1) -> NoReturn:
         write_last_words(message)
@@ -137,6 +138,9 @@ class MPICommunicator(Communicator):
         if flat.device.type == "cpu" or self._nccl_of(flat) is not None or mpi_reads_cuda_memory():
             return flat
         return flat.to("cpu")
+
+    def _is_on_device(self, flat: torch.Tensor) -> bool:
+        return self._nccl_of(flat) is not None
 
     def _nccl_of(self, tensor: torch.Tensor) -> Communicator | None:
         """What carries a tensor on the device, if it is not MPI. Collective at the first CUDA tensor."""

@@ -86,6 +86,7 @@ class ThreadWorld:
             reason = "has finished"
             try:
                 results[rank] = function(comm, *arguments)
+                comm._queue.finish_branches()  # as at the end of a process
             except BaseException as error:
                 failures.append((rank, error))
                 reason = f"failed with {type(error).__name__}: {error}"
@@ -111,9 +112,11 @@ class ThreadWorld:
             self.events.append(event)
             self._changed.notify_all()
 
-    def _complete(self, key: tuple[str, int], members: tuple[int, ...]) -> bool:
+    def _is_decided(self, key: tuple[str, int], members: tuple[int, ...]) -> bool:
+        """True if nobody is waited for any more: all have deposited, or one that has not is gone."""
         with self._changed:
-            return len(self._deposits.get(key, ())) == len(members)
+            missing = [member for member in members if member not in self._deposits.get(key, ())]
+            return not missing or any(member in self._gone for member in missing)
 
     def _collect(self, key: tuple[str, int], members: tuple[int, ...], timeout: float, rank: int) -> list[Any]:
         """Wait until every member has deposited and return the values in member order."""
@@ -151,19 +154,23 @@ class _ThreadRequest(Request):
         self._receive: Callable[[list[Any]], None] | None = receive
 
     def done(self) -> bool:
-        if self._receive is not None and self._comm._world._complete(self._key, self._comm._members):
+        if self._receive is not None and self._comm._world._is_decided(self._key, self._comm._members):
             self.wait()
         return self._receive is None
 
     def wait(self) -> None:
         if self._receive is not None:
             comm = self._comm
+            # An error leaves it as it is: whoever asks again meets the same error.
+            values = comm._world._collect(self._key, comm._members, comm.timeout, comm._members[comm.rank])
             receive, self._receive = self._receive, None
-            receive(comm._world._collect(self._key, comm._members, comm.timeout, comm._members[comm.rank]))
+            receive(values)
 
 
 class ThreadCommunicator(Communicator):
     """One thread's communicator; made by :class:`ThreadWorld`."""
+
+    can_use_threads = True
 
     def __init__(self, world: ThreadWorld, name: str, members: tuple[int, ...], rank: int, topology: Topology) -> None:
         super().__init__(rank, topology, world.timeout, name=name, members=members)

@@ -104,6 +104,7 @@ class TorchCommunicator(Communicator):
     """
 
     can_share_memory = True
+    can_use_threads = True
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class TorchCommunicator(Communicator):
             # A connection of the watchdog's own: the main thread may block in the store.
             own = store.clone() if hasattr(store, "clone") else store
             self._watchdog = Watchdog(rank, size, _StoreBulletin(own, rank, size, timeout), self._end_job)
-            tell_on_exit(self._watchdog.leave)
+            tell_on_exit(self._leave)
             end_job_on_exception(rank, self._end_job)
 
     @classmethod
@@ -177,6 +178,9 @@ class TorchCommunicator(Communicator):
         if flat.device.type == "cpu" or self._nccl():
             return flat
         return flat.to("cpu")
+
+    def _is_on_device(self, flat: torch.Tensor) -> bool:
+        return self._nccl()
 
     def _has_native_sum(self, dtype: torch.dtype) -> bool:
         return self.size <= 2 and dtype in (torch.float32, torch.float64, torch.int32, torch.int64)

@@ -28,6 +28,10 @@ class Transport(ABC):
         """Return ``flat`` itself, or a copy of it where the backend can reach it."""
         return flat
 
+    def _is_on_device(self, flat: torch.Tensor) -> bool:
+        """True if the device itself carries ``flat``, in the order of its streams. Collective at the first call."""
+        return False
+
     def _has_native_sum(self, dtype: torch.dtype) -> bool:
         """True if :meth:`_native_sum` gives the bits of a sum in rank order for ``dtype``."""
         return False

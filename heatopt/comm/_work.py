@@ -20,19 +20,33 @@ one queue, so a rank that waits for a work alone finds the other ranks' later st
 MPI moves nothing between nodes unless it is called. While works are in flight a thread polls the queue, so that they go
 on beside a long operation that calls no hook. Whoever touches the queue holds its lock, so MPI sees one thread at a
 time; every other call of a communicator first completes the works, which ends the thread.
+
+[Note: Works in the background]
+To complete a work at the next call of any communicator is too early for one that is to travel while training goes on,
+with collectives of its own. Such works are launched on a communicator that has a queue of its own, a *branch*: calls of
+other communicators leave it alone, so its works are completed by ``wait()``. Nobody hangs for that:
+
+* a pump drives each branch on each rank, so a rank that waits finds the others' later stages, wherever these block;
+* what it calls belongs to the branch alone (duplicated MPI communicators, process groups), so several threads are in
+  MPI or gloo at a time, but never two on one communicator, and no order between branches is needed;
+* a launch exchanges nothing, so it waits for nobody; that ranks launch the same in the same order is the caller's duty;
+* a program that ends completes its branches first: other ranks may wait for the later stages.
+
+Where MPI was started without support for that, background works are in the world's queue as all others.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
-__all__ = ["COMPLETED", "Completed", "Request", "Stage", "Steps", "Work", "WorkQueue"]
+__all__ = ["COMPLETED", "Completed", "Handle", "Request", "Stage", "Steps", "Work", "WorkQueue"]
 
 T = TypeVar("T")
 
@@ -90,8 +104,25 @@ Waiting = Callable[[], AbstractContextManager[None]]
 _PUMP_SECONDS = 0.5e-3
 
 
-class Work(Generic[T]):
-    """Handle of a launched collective; owns every buffer of it until :meth:`wait` returns."""
+class Handle(ABC, Generic[T]):
+    """Stands for a launched collective; owns every buffer of it until :meth:`wait` returns."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Make progress without blocking; True once the result is there."""
+
+    @abstractmethod
+    def wait(self) -> T:
+        """Block until the collective has completed and return its result.
+
+        Raises:
+            CollectiveTimeoutError: other ranks did not come in time (or the job is ended with that message).
+            RankFailedError: another rank failed or left.
+        """
+
+
+class Work(Handle[T]):
+    """Handle of a collective that is driven stage by stage."""
 
     def __init__(self, steps: Steps[T], waiting: Waiting, queue: WorkQueue) -> None:
         self._steps: Steps[T] | None = steps
@@ -104,17 +135,10 @@ class Work(Generic[T]):
         self._failure: Exception | None = None  # of the current request
 
     def done(self) -> bool:
-        """Make progress without blocking; True once the result is there."""
         self._queue.poll()
         return self._steps is None
 
     def wait(self) -> T:
-        """Block until the collective has completed and return its result.
-
-        Raises:
-            CollectiveTimeoutError: other ranks did not come in time (or the job is ended with that message).
-            RankFailedError: another rank failed or left.
-        """
         self._queue.complete(self)
         if self._error is not None:
             raise self._error
@@ -157,8 +181,22 @@ class WorkQueue:
         self._works: deque[Work[Any]] = deque()
         self._lock = threading.RLock()
         self._pump: threading.Thread | None = None  # alive as long as works are in flight
+        self._branches: weakref.WeakSet[WorkQueue] = weakref.WeakSet()
         self.needs_calls = False
         """True if works stand still unless they are polled; see [Note: Pump]."""
+
+    def branch(self) -> WorkQueue:
+        """A queue whose works this one leaves alone until the end; see [Note: Works in the background]."""
+        queue = WorkQueue()
+        queue.needs_calls = True
+        self._branches.add(queue)
+        return queue
+
+    def finish_branches(self) -> None:
+        """Complete the works of all branches."""
+        for queue in list(self._branches):
+            queue.drain()
+            queue.finish_branches()
 
     def launch(self, steps: Steps[T], waiting: Waiting) -> Work[T]:
         """Start the first stage and return the handle.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from heatopt.comm import Communicator, Work
+from heatopt.comm import Handle
 from heatopt.local._packing import Packed
 from heatopt.local._replicas import Replicas
 
@@ -52,7 +52,7 @@ class DelayedAverage:
         self.parcel = parcel
         self._packed = packed
         self._replicas = replicas
-        self._works: list[Work[torch.Tensor]] = []
+        self._works: list[Handle[None]] = []
         self._result: list[torch.Tensor] | None = None
 
     @classmethod
@@ -60,19 +60,16 @@ class DelayedAverage:
         """Send ``tensors``; with a delay of 0 the result is there when this returns. Collective."""
         packed = Packed(tensors if parcel.kind is Kind.TOTAL else replicas.weigh(tensors), chunk)
         average = cls(parcel, packed, replicas)
-        group = replicas.group(parcel.turn)
-        if group is not None:
-            average._send(group)
-        return average
-
-    def _send(self, group: Communicator) -> None:
-        assert self._packed is not None
-        op = "sum" if self.parcel.kind is Kind.TOTAL else "mean"
-        for chunk in self._packed.chunks:
-            if self.parcel.delay:
-                self._works.append(group.allreduce_async(chunk, op))
+        op = "sum" if parcel.kind is Kind.TOTAL else "mean"
+        group = replicas.background(parcel.turn) if parcel.delay else replicas.group(parcel.turn)
+        if group is None:
+            return average
+        for part in packed.chunks:
+            if parcel.delay:
+                average._works.append(group.reduce_async(part, op, f"delayed average number {parcel.turn}"))
             else:
-                group.allreduce(chunk, op)
+                group.allreduce(part, op)
+        return average
 
     def wait(self) -> list[torch.Tensor]:
         """The result for each index. Collective in the replica at the first call."""

@@ -36,6 +36,7 @@ class Replicas:
         longest = max(map(len, members))
         self._equal = longest * self.count == comm.size
         self._groups: list[Communicator | None] = [comm]
+        self._backgrounds: dict[int, Communicator] = {}
         if longest > 1 and self.count > 1:
             self._groups = []
             for turn in range(longest):
@@ -47,6 +48,14 @@ class Replicas:
     def group(self, turn: int) -> Communicator | None:
         """The delegates of average number ``turn``, if this rank is one of them."""
         return self._groups[turn % len(self._groups)]
+
+    def background(self, turn: int) -> Communicator | None:
+        """The same ranks, for an average that is to travel while training goes on. Collective among them."""
+        group = self.group(turn)
+        number = turn % len(self._groups)
+        if group is not None and number not in self._backgrounds:
+            self._backgrounds[number] = group.background("the first delayed average")
+        return self._backgrounds.get(number)
 
     def spread(self, packed: Packed, turn: int) -> None:
         """Give what the delegate of ``turn`` has to its replica. Collective in the replica."""
