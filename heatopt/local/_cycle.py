@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from heatopt.local._schedule import Action, Merge, Send, SyncPlan
+from heatopt.local._schedule import Action, Merge, ReplicaMean, Send, SyncPlan
 
 __all__ = ["Cycle", "DasoPeriods", "DetectMetricPlateau", "Phase"]
 
@@ -179,16 +179,20 @@ class Cycle:
         """What follows the update with batch number ``batch``, counted from 0 in each epoch."""
         if self.global_skip == 0:
             return SyncPlan(actions=(Send(0), Merge(0)))
+        alone = self.local_skip > 1
         actions: list[Action] = [
             Merge(0)
             for earlier in range(max(batch - self.batches_to_wait, 0), batch)
             if (delay := self._delay(earlier, last_batch)) and earlier + delay == batch
         ]
+        delay = self._delay(batch, last_batch)
+        if alone and (delay or batch == last_batch or batch % self.local_skip == 0):
+            actions.append(ReplicaMean())
         if batch == last_batch:
-            return SyncPlan(actions=(*actions, Send(0, full=True), Merge(0)))
-        if delay := self._delay(batch, last_batch):
+            actions += [Send(0, full=True), Merge(0)]
+        elif delay:
             actions.append(Send(0, delay))
-        return SyncPlan(actions=tuple(actions))
+        return SyncPlan(alone=alone, actions=tuple(actions))
 
     def _delay(self, batch: int, last_batch: int | None) -> int:
         """How long what is sent after ``batch`` is on its way; 0: nothing is sent. It arrives within the epoch."""

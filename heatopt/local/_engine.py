@@ -23,12 +23,11 @@ import torch
 from heatopt.comm import Communicator
 from heatopt.local._average import DelayedAverage, Kind, Parcel
 from heatopt.local._fragments import cut
-from heatopt.local._moments import moments_of
+from heatopt.local._means import average_buffers, average_moments, average_over
 from heatopt.local._outer import Outer, OuterFactory
-from heatopt.local._packing import Packed
 from heatopt.local._replicas import Replicas
 from heatopt.local._rules import keep_progress, mix, weigh_stale
-from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, Send, SyncPlan
+from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, ReplicaMean, Send, SyncPlan
 from heatopt.local._settings import LocalSettings
 from heatopt.local._subject import Subject
 from heatopt.sync import (
@@ -80,6 +79,7 @@ class LocalEngine:
         self._within = within
         self._nested = nested
         self._turns = 0  # averages begun so far
+        self._apart = False  # the ranks of this replica have trained alone since they were equal
         self._fragments = cut([p.numel() for p in subject.parameters()], settings.fragments)
         needs_anchor = outer is not None or settings.wire_dtype is not None
         self.outer = Outer(subject.groups, outer) if needs_anchor and comm.size > 1 else None
@@ -161,6 +161,7 @@ class LocalEngine:
             return
         self.attach()
         self._subject.note_trained()
+        self._apart |= plan.alone
         if self.outer is not None and not self._anchored and not plan.exact:
             self.outer.capture(self._subject.parameters())  # equal on all ranks, as they are until ranks train alone
             self._anchored = True
@@ -183,9 +184,12 @@ class LocalEngine:
             if flight and flight[0].parcel.due <= self.updates:  # synchronize() may have merged it already
                 self._merge(flight.popleft())
         elif isinstance(action, GroupMean):
-            self._average_over(self._nested[action.level], self._trained_parameters())
+            average_over(self._nested[action.level], self._trained_parameters(), self.settings.chunk)
+        elif isinstance(action, ReplicaMean):
+            self._unite()
         elif isinstance(action, MomentMean):
-            self._average_moments(action.order)
+            assert self._coordinator is not None
+            average_moments(self._coordinator.channel, self._subject, action.order, self.settings.chunk)
 
     @torch.no_grad()
     def synchronize(self, call: Call = Call.SYNCHRONIZE, payload: float = 0.0) -> list[Row]:
@@ -216,6 +220,7 @@ class LocalEngine:
 
     def _send(self, action: Send) -> None:
         assert self._replicas is not None
+        self._unite()  # a delegate speaks for its replica
         indices = self._subject.among(self._fragments[action.fragment])
         kind = self._kind(action)
         parameters = self._subject.parameters()
@@ -280,7 +285,8 @@ class LocalEngine:
             sent = None if parcel.sent is None else parcel.sent[place].to(wide)
             parameter.copy_(self._merged(parcel, center.to(wide), parameter.detach().to(wide), sent))
         if parcel.fragment == self.settings.fragments - 1:
-            self._average_buffers()
+            assert self._coordinator is not None
+            average_buffers(self._coordinator.channel, self._subject, self.settings.chunk)
 
     def _merged(
         self, parcel: Parcel, center: torch.Tensor, now: torch.Tensor, sent: torch.Tensor | None
@@ -297,35 +303,11 @@ class LocalEngine:
         parameters = self._subject.parameters()
         return [parameters[index].detach() for index in sorted(self._subject.trained)]
 
-    def _average_over(self, group: Communicator, tensors: list[torch.Tensor]) -> None:
-        packed = Packed(tensors, self.settings.chunk)
-        for chunk in packed.chunks:
-            group.allreduce(chunk, "mean")
-        for tensor, mean in zip(tensors, packed.unpack(), strict=True):
-            tensor.copy_(mean)
-
-    def _average_buffers(self) -> None:
-        assert self._coordinator is not None
-        buffers = self._subject.buffers()
-        means = [b for b in buffers if b.is_floating_point() or b.is_complex()]
-        self._average_over(self._coordinator.channel, means)
-        others = [b for b in buffers if not (b.is_floating_point() or b.is_complex())]
-        broadcast_tensors(self._coordinator.channel, others, 0, "broadcast of integer buffers")
-
-    def _average_moments(self, order: int) -> None:
-        assert self._coordinator is not None
-        channel = self._coordinator.channel
-        state, parameters = self._subject.optimizer.state, self._subject.parameters()
-        own = {
-            (index, name): value
-            for index, parameter in enumerate(parameters)
-            if parameter in state
-            for name, value in moments_of(state[parameter], order).items()
-        }
-        # A rank whose loss has not touched a parameter yet has no moments of it.
-        described = [(*key, tuple(value.shape), str(value.dtype)) for key, value in own.items()]
-        common = set.intersection(*map(set, channel.exchange_objects(described, "the moments of each rank")))
-        self._average_over(channel, [own[index, name] for index, name, *_ in sorted(common)])
+    def _unite(self) -> None:
+        """Make the ranks of this replica equal if they have trained alone. Collective in the replica."""
+        if self._apart and self._within is not None:
+            average_over(self._within, self._trained_parameters(), self.settings.chunk)
+        self._apart = False
 
     # Changes
 
@@ -357,6 +339,7 @@ class LocalEngine:
             "updates": self.updates,
             "averages": self._turns,
             "trained": sorted(self._subject.trained),
+            "apart": self._apart,
             "anchors": [a.clone() for a in outer.anchors] if outer is not None and anchored else None,
             "outer": outer.optimizer.state_dict() if outer is not None and outer.optimizer is not None else None,
             "residuals": {index: r.clone() for index, r in outer.residuals.items()} if outer is not None else {},
@@ -376,6 +359,7 @@ class LocalEngine:
         self._flight = {}
         state = {"ranks": 0, "updates": 0, "averages": 0, "trained": [], **(state or {})}
         self.updates, self._turns = state["updates"], state["averages"]
+        self._apart = state.get("apart", False)
         self._subject.trained = set(state["trained"])
         parameters = self._subject.parameters()
         for saved in state.get("flight", ()) if self._comm.size > 1 else ():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Action", "GroupMean", "Merge", "MomentMean", "PeriodicSchedule", "Send", "SyncPlan"]
+__all__ = ["Action", "GroupMean", "Merge", "MomentMean", "PeriodicSchedule", "ReplicaMean", "Send", "SyncPlan"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,18 @@ class GroupMean:
 
 
 @dataclass(frozen=True)
+class ReplicaMean:
+    """Average all parameters over the ranks of each replica, which have trained alone; these agree among themselves."""
+
+
+@dataclass(frozen=True)
 class MomentMean:
     """Average the first (1) or second (2) moments of the optimizer over all ranks."""
 
     order: int
 
 
-Action = Send | Merge | GroupMean | MomentMean
+Action = Send | Merge | GroupMean | ReplicaMean | MomentMean
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,15 @@ class SyncPlan:
 
     exact: bool = False
     """The update uses gradients averaged over all ranks."""
+    alone: bool = False
+    """The update uses each rank's own gradients, in replicas of several ranks too."""
     actions: tuple[Action, ...] = ()
     """In this order, after the update."""
 
     @property
     def meets(self) -> bool:
-        """True if ranks begin something together, so that they must agree first."""
-        return any(not isinstance(action, Merge) for action in self.actions)
+        """True if all ranks begin something together, so that they must agree first."""
+        return any(not isinstance(action, Merge | ReplicaMean) for action in self.actions)
 
 
 @dataclass(frozen=True)

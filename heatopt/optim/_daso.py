@@ -25,12 +25,16 @@ __all__ = ["DASO"]
 class DASO(LocalOptimizer):
     r"""Distributed asynchronous and selective optimization: Coquelin et al., J. Big Data 9:14 (2022), arXiv 2104.05588.
 
-    Gradients are averaged within each node at every update. Among nodes, parameters are averaged by one rank of each,
-    in turn, which passes them on to its neighbours:
+    Gradients are averaged within each node at every update, while L (below) is 1. Among nodes, parameters are averaged
+    by one rank of each, in turn, which passes them on to its neighbours:
 
     * warm-up and cool-down: after every update, waiting for it;
     * in between: after every B-th update, merged S updates later. B and S shrink when the loss has stopped improving,
       and start anew when B is 1. After the last batch of an epoch all ranks are made equal.
+
+    While L, which is S when B starts anew, is above 1, ranks train alone: instead of gradients at each update, their
+    parameters are averaged within the node after every L-th, and before they are sent. When L is 1 again, the node goes
+    on with the optimizer state of its first rank.
 
     The merge, :math:`x^s` being the parameters when they were sent, P the number of nodes:
 
@@ -57,7 +61,7 @@ class DASO(LocalOptimizer):
             end of an epoch, are not rounded.
         use_mpi_groups: has no meaning here: groups come from ``comm.split``.
         skip_reduction_factor: what B is divided by on a plateau.
-        local_skip_factor: S starts anew at ``max_global_skips // local_skip_factor``.
+        local_skip_factor: S and L start anew at ``max_global_skips // local_skip_factor``.
         verbose: log each decision on rank 0, at level INFO.
         model: the module: gives names and buffers, as in :class:`LocalSGD`; or call ``set_model``.
         merge: "delta" or "daso".
@@ -155,7 +159,7 @@ class DASO(LocalOptimizer):
 
     @property
     def local_skip(self) -> int:
-        """The number that Heat derives from B; gradients are averaged within the node at each update all the same."""
+        """L, updates between two averages within the node: of gradients if 1, of parameters if more; 0 where B is 0."""
         return self._cycle.local_skip
 
     @property
@@ -240,12 +244,13 @@ class DASO(LocalOptimizer):
             self.last_batch = self.current_batch - 1
         self.current_batch = 0
         self._cycle.finish_epoch(mean)
+        self._choose_stepper()
         if self.scheduler is not None and _takes_metric(self.scheduler):
             self.scheduler.step(mean)
         if self.verbose and self._comm.rank == 0:
             logger.info(
-                "DASO: epoch %d ended with loss %g; next is %s with B = %d, S = %d",
-                *(self.epoch, mean, self.phase, self.global_skip, self.batches_to_wait),
+                "DASO: epoch %d ended with loss %g; next is %s with B = %d, L = %d, S = %d",
+                *(self.epoch, mean, self.phase, self.global_skip, self.local_skip, self.batches_to_wait),
             )
 
     def synchronize(self) -> None:
@@ -258,6 +263,7 @@ class DASO(LocalOptimizer):
         self._cycle.reset()
         self.last_batch = None
         self.current_batch = 0
+        self._choose_stepper()
         self.zero_grad()
 
     # State

@@ -18,7 +18,7 @@ from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._data_parallel import DataParallelOptimizer
 from heatopt.optim._ownership import claim, refuse_owned, release
 from heatopt.optim._wrapper import OptimizerWrapper
-from heatopt.sync import GradientShards, outside_graphs, start_equal
+from heatopt.sync import GradientShards, broadcast_state, outside_graphs, start_equal
 
 __all__ = ["LocalOptimizer", "Place"]
 
@@ -138,8 +138,9 @@ class LocalOptimizer(OptimizerWrapper):
         """Who makes the next update: the optimizer itself, or one that averages gradients within a group."""
         if self._comm.size == 1:
             return
-        exact = self._plan().exact
-        group = self._comm if exact else self._place.within
+        plan = self._plan()
+        exact = plan.exact
+        group = self._comm if exact else None if plan.alone else self._place.within
         wants_group = group is not None and group.size > 1
         has_group = isinstance(self._stepper, DataParallelOptimizer)
         if wants_group == has_group and (not has_group or exact == self._stepper_is_exact):
@@ -151,6 +152,9 @@ class LocalOptimizer(OptimizerWrapper):
         self._stepper_is_exact = exact
         if wants_group:
             release(self._parameters(), self)
+            assert group is not None
+            if not has_group:  # ranks that have trained alone have states of their own
+                broadcast_state(group, self.torch_optimizer, 0)
             self._stepper = DataParallelOptimizer(
                 self.torch_optimizer,
                 model=self._place.model,

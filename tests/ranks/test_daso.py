@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -226,6 +227,132 @@ def test_number_and_order_of_exchanges() -> None:
         assert exchanges[7:] == [first, receive, [], [], second, receive, [*third, "broadcast"]]
 
 
+def cycling_alone(comm: Communicator, model: nn.Module, local: int, skips: int, wait: int, last: int) -> heatopt.DASO:
+    """In a cycling phase whose ranks train alone for ``local`` updates."""
+    optimizer = daso(comm, model, warmup_epochs=0)
+    optimizer._cycle.global_skip, optimizer._cycle.local_skip, optimizer._cycle.batches_to_wait = skips, local, wait
+    optimizer._choose_stepper()
+    optimizer.last_batch = last
+    return optimizer
+
+
+@pytest.mark.parametrize(("local", "skips", "wait"), [(2, 8, 2), (3, 4, 1)])
+def test_ranks_of_a_node_train_alone_between_local_averages(local: int, skips: int, wait: int) -> None:
+    """Two nodes of two ranks, each rank with a momentum of its own, against the formulas."""
+    last = 10
+
+    def body(comm: Communicator) -> list[list[torch.Tensor]]:
+        model = net()
+        optimizer = cycling_alone(comm, model, local, skips, wait, last)
+        found = []
+        for step in range(last + 1):
+            train(optimizer, model, [batch(step, comm.rank)])
+            found.append([p.detach().clone() for p in model.parameters()])
+        return found
+
+    expected = replicas(sgd, 4)
+    nodes = [expected[:2], expected[2:]]
+    history = []
+    flight: list[tuple[int, list[list[torch.Tensor]]]] = []
+    for step in range(last + 1):
+        for replica in expected:
+            replica.update(step)
+        if flight and flight[0][0] == step:
+            _, sent = flight.pop(0)
+            for rank, replica in enumerate(expected):
+                done = [x - b for x, b in zip(replica.values, sent[rank // 2], strict=True)]
+                replica.values = plus(mean(sent), done)
+        sends = step % skips == 0 and step != last
+        if sends or step == last or step % local == 0:
+            for node in nodes:
+                average = mean([replica.values for replica in node])
+                for replica in node:
+                    replica.values = average
+        if sends:
+            flight.append((step + min(wait, last - step), [node[0].values for node in nodes]))
+        if step == last:
+            average = mean([node[0].values for node in nodes])
+            for replica in expected:
+                replica.values = average
+        history.append([replica.values for replica in expected])
+    for rank, found in enumerate(world(4, 2).run(body)):
+        for step, values in enumerate(found):
+            assert_close(values, history[step][rank], rtol=1e-12, atol=1e-12)
+        assert not torch.equal(history[1][0][0], history[1][1][0])
+
+
+def test_number_and_order_of_exchanges_where_ranks_train_alone() -> None:
+    ring = world(4, 2)
+
+    def body(comm: Communicator) -> list[tuple[list[str], int]]:
+        model = nn.Linear(4, 3).double()
+        optimizer = cycling_alone(comm, model, 2, 4, 2, 6)
+        optimizer.set_model(nn.Module())  # no buffers
+        found = []
+        for step in range(7):
+            comm.barrier()
+            before, events = len(operations(ring.events, comm.rank)), len(ring.events)
+            train(optimizer, model, [batch(step, comm.rank)])
+            own = [event for event in ring.events[events:] if event.rank == comm.rank]
+            found.append((operations(ring.events, comm.rank)[before:], len(own)))
+            comm.barrier()
+        return found
+
+    for rank, exchanges in enumerate(ring.run(body)):
+        node = ["all_gather"]
+        first, second, third = (["all_gather"] if turn % 2 == rank % 2 else [] for turn in range(3))
+        merge = ["broadcast"]
+        kinds = [kinds for kinds, _ in exchanges]
+        assert kinds == [node + first, [], merge + node, [], node + second, [], merge + node + third + merge]
+        # Backward and step exchange nothing at all where nothing is due; a local average asks the node alone.
+        assert [number for _, number in exchanges][1::2] == [0, 0, 0]
+
+
+def test_from_training_alone_to_averaged_gradients_and_back() -> None:
+    """The published cycle, all of it: (4, 1, 1), (2, 1, 1), (1, 1, 1), (8, 2, 2), (4, 1, 1)."""
+
+    def body(comm: Communicator) -> list[tuple[int, int, bool]]:
+        model, unused = net(), nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        inner = torch.optim.SGD([*model.parameters(), unused], lr=0.01, momentum=0.9)
+        optimizer = heatopt.DASO(inner, 30, comm=comm, model=model, warmup_epochs=0, downcast_type=torch.float32)
+        within = comm.by_node().within
+        found = []
+        for epoch in range(14):
+            alone = isinstance(optimizer.stepper, torch.optim.SGD)
+            found.append((optimizer.global_skip, optimizer.local_skip, alone))
+            for step in range(3):
+                optimizer.zero_grad()
+                loss = loss_of(model, batch(3 * epoch + step, comm.rank))
+                (loss + unused.sum() if comm.rank == 1 and alone else loss).backward()  # states of rank 1 alone
+                optimizer.step()
+                if not alone:
+                    assert_ranks_equal(within, model, unused, optimizer.torch_optimizer)
+            optimizer.epoch_loss_logic(1.0)
+            assert_ranks_equal(comm, model, unused)
+        return found
+
+    phases = [(4, 1, False)] * 3 + [(2, 1, False)] * 3 + [(1, 1, False)] * 3 + [(8, 2, True)] * 3 + [(4, 1, False)] * 2
+    assert world(4, 2).run(body)[-1] in (phases, [(4, 1, False), *phases[:13]])
+
+
+def test_a_checkpoint_where_ranks_train_alone() -> None:
+    def body(comm: Communicator) -> None:
+        model, resumed = net(), net(seed=1)
+        optimizer = cycling_alone(comm, model, 2, 8, 2, 20)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(4)])
+        saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        its_optimizer = daso(comm, resumed, warmup_epochs=0)
+        resumed.load_state_dict(saved["model"])
+        its_optimizer.load_state_dict(saved["optimizer"])
+        for one, other in ((optimizer, model), (its_optimizer, resumed)):
+            train(one, other, [batch(4, comm.rank), batch(5, comm.rank)])
+            one.synchronize()
+            assert_ranks_equal(comm, other)
+        assert_equal(resumed, model)
+
+    world(4, 2).run(body)
+
+
 def test_messages_are_no_longer_than_the_chunk_size() -> None:
     ring = world(2, 1)
 
@@ -376,7 +503,7 @@ def test_decisions_are_logged_where_wanted(ranks: Ranks, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, logger="heatopt"):
         ranks(body)
     lines = [record.getMessage() for record in caplog.records if "DASO" in record.getMessage()]
-    assert set(lines) <= {"DASO: epoch 1 ended with loss 1; next is cycling with B = 4, S = 1"}
+    assert set(lines) <= {"DASO: epoch 1 ended with loss 1; next is cycling with B = 4, L = 1, S = 1"}
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -13,7 +13,7 @@ from heatopt.local._fragments import cut
 from heatopt.local._moments import moments_of
 from heatopt.local._packing import Packed
 from heatopt.local._rules import keep_progress, mix, weigh_stale
-from heatopt.local._schedule import GroupMean, Merge, MomentMean, Send, SyncPlan
+from heatopt.local._schedule import GroupMean, Merge, MomentMean, ReplicaMean, Send, SyncPlan
 
 
 def actions(schedule: PeriodicSchedule, steps: int) -> dict[int, tuple[object, ...]]:
@@ -80,7 +80,7 @@ def test_moments_are_averaged_less_often() -> None:
 
 
 def test_merges_alone_need_no_meeting() -> None:
-    assert not SyncPlan(actions=(Merge(0),)).meets
+    assert not SyncPlan(actions=(Merge(0), ReplicaMean())).meets
     assert SyncPlan(actions=(Merge(0), Send(0))).meets
 
 
@@ -200,9 +200,10 @@ def test_cycle_goes_on_from_its_state() -> None:
     assert trace(second, 31) == trace(first, 31)
 
 
-def daso_actions(skip: int, wait: int, batches: int, last: int | None) -> list[tuple[object, ...]]:
+def daso_actions(skip: int, wait: int, batches: int, last: int | None, local: int = 1) -> list[tuple[object, ...]]:
     cycle = Cycle(periods())
-    cycle.global_skip, cycle.batches_to_wait = skip, wait
+    cycle.global_skip, cycle.local_skip, cycle.batches_to_wait = skip, local, wait
+    assert all(cycle.plan(batch, last).alone == (local > 1) for batch in range(batches))
     return [cycle.plan(batch, last).actions for batch in range(batches)]
 
 
@@ -231,6 +232,29 @@ def test_daso_merges_before_it_sends_again() -> None:
 def test_daso_merges_within_the_epoch() -> None:
     assert daso_actions(8, 2, 10, 9)[8:] == [(Send(0, 1),), (Merge(0), *LAST)]
     assert daso_actions(2, 1, 3, None) == [(Send(0, 1),), (Merge(0),), (Send(0, 1),)]
+
+
+def test_daso_averages_within_nodes_every_second_batch_and_before_it_sends() -> None:
+    own = ReplicaMean()
+    assert daso_actions(8, 2, 10, 9, local=2) == [
+        (own, Send(0, 2)),
+        (),
+        (Merge(0), own),
+        (),
+        (own,),
+        (),
+        (own,),
+        (),
+        (own, Send(0, 1)),
+        (Merge(0), own, *LAST),
+    ]
+    assert daso_actions(3, 1, 5, None, local=2) == [
+        (own, Send(0, 1)),
+        (Merge(0),),
+        (own,),
+        (own, Send(0, 1)),
+        (Merge(0), own),
+    ]
 
 
 # DetectMetricPlateau
