@@ -56,9 +56,19 @@ class DelayedAverage:
         self._result: list[torch.Tensor] | None = None
 
     @classmethod
-    def begin(cls, parcel: Parcel, tensors: list[torch.Tensor], replicas: Replicas, chunk: int) -> DelayedAverage:
-        """Send ``tensors``; with a delay of 0 the result is there when this returns. Collective."""
-        packed = Packed(tensors if parcel.kind is Kind.TOTAL else replicas.weigh(tensors), chunk)
+    def begin(
+        cls, parcel: Parcel, tensors: list[torch.Tensor], replicas: Replicas, chunk: int, weight: float = 1.0
+    ) -> DelayedAverage:
+        """Send ``tensors``; with a delay of 0 the result is there when this returns. Collective.
+
+        Args:
+            parcel: what they are.
+            tensors: on this rank.
+            replicas: who averages.
+            chunk: most elements of one message.
+            weight: of this rank in a mean, beside that of its replica; on average 1.
+        """
+        packed = Packed(tensors if parcel.kind is Kind.TOTAL else replicas.weigh(tensors, weight), chunk)
         average = cls(parcel, packed, replicas)
         op = "sum" if parcel.kind is Kind.TOTAL else "mean"
         group = replicas.background(parcel.turn) if parcel.delay else replicas.group(parcel.turn)

@@ -26,7 +26,7 @@ from heatopt.local._fragments import cut
 from heatopt.local._means import average_buffers, average_moments, average_over
 from heatopt.local._outer import Outer, OuterFactory
 from heatopt.local._replicas import Replicas
-from heatopt.local._rules import keep_progress, mix, weigh_stale
+from heatopt.local._rules import keep_progress, mix, weigh_stale, weight_of
 from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, ReplicaMean, Send, SyncPlan
 from heatopt.local._settings import LocalSettings
 from heatopt.local._subject import Subject
@@ -80,6 +80,13 @@ class LocalEngine:
         self._nested = nested
         self._turns = 0  # averages begun so far
         self._apart = False  # the ranks of this replica have trained alone since they were equal
+        self._weight = 1.0  # of this rank in averages, on average 1
+        self.sent_after = 0
+        """Number of the last update after which something was sent."""
+        self.idle_since: int | None = None
+        """Number of the last update before this rank ran out of batches; it only goes along with the others."""
+        self.all_idle = False
+        """True once no rank had batches any more at a meeting."""
         self._fragments = cut([p.numel() for p in subject.parameters()], settings.fragments)
         needs_anchor = outer is not None or settings.wire_dtype is not None
         self.outer = Outer(subject.groups, outer) if needs_anchor and comm.size > 1 else None
@@ -172,9 +179,18 @@ class LocalEngine:
         if not plan.actions or self._coordinator is None:
             return
         if plan.meets:
-            self.meet(Call.MERGE)
+            payloads = [row.payload for row in self.meet(Call.MERGE, self._idleness())]
+            self.all_idle = all(payloads)
+            if self.all_idle:
+                return
+            self._weight = weight_of(payloads, self._comm.rank)
         for action in plan.actions:
             self._act(action)
+
+    def _idleness(self) -> float:
+        """0: this rank trains; 0.5: it has no batches left, but has trained in this period; 1: not even that."""
+        since, period = self.idle_since, self.settings.periods
+        return 0.0 if since is None else 0.5 if self.updates - since < period.sync_every else 1.0
 
     def _act(self, action: Action) -> None:
         if isinstance(action, Send):
@@ -200,6 +216,9 @@ class LocalEngine:
         """
         rows = self.meet(call, payload)
         if self._coordinator is not None:
+            self._weight = (
+                weight_of([row.payload for row in rows], self._comm.rank) if call is Call.SYNCHRONIZE else 1.0
+            )
             for _, flight in sorted(self._flight.items()):
                 while flight:
                     self._merge(flight.popleft())
@@ -237,8 +256,9 @@ class LocalEngine:
             sent=tuple(value.clone() for value in values) if keeps else None,
         )
         self._turns += 1
+        self.sent_after = self.updates
         payload = self._deltas(indices, values) if kind is Kind.DELTA else values
-        average = DelayedAverage.begin(parcel, payload, self._replicas, self.settings.chunk)
+        average = DelayedAverage.begin(parcel, payload, self._replicas, self.settings.chunk, self._weight)
         self._flight.setdefault(action.fragment, deque()).append(average)
 
     def _kind(self, action: Send) -> Kind:
@@ -340,6 +360,7 @@ class LocalEngine:
             "averages": self._turns,
             "trained": sorted(self._subject.trained),
             "apart": self._apart,
+            "sent_after": self.sent_after,
             "anchors": [a.clone() for a in outer.anchors] if outer is not None and anchored else None,
             "outer": outer.optimizer.state_dict() if outer is not None and outer.optimizer is not None else None,
             "residuals": {index: r.clone() for index, r in outer.residuals.items()} if outer is not None else {},
@@ -359,7 +380,7 @@ class LocalEngine:
         self._flight = {}
         state = {"ranks": 0, "updates": 0, "averages": 0, "trained": [], **(state or {})}
         self.updates, self._turns = state["updates"], state["averages"]
-        self._apart = state.get("apart", False)
+        self._apart, self.sent_after = state.get("apart", False), state.get("sent_after", 0)
         self._subject.trained = set(state["trained"])
         parameters = self._subject.parameters()
         for saved in state.get("flight", ()) if self._comm.size > 1 else ():

@@ -65,8 +65,8 @@ class Replicas:
         for chunk in packed.chunks:
             self.within.broadcast(chunk, root)
 
-    def weigh(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """``tensors`` times the weight, at least in single precision, where replicas differ in size."""
-        if self._equal:
+    def weigh(self, tensors: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
+        """``tensors`` times ``weight`` and the replica's, at least in single precision, where ranks' weights differ."""
+        if self._equal and weight == 1:
             return tensors
-        return [t.to(torch.promote_types(t.dtype, torch.float32)) * self._weight for t in tensors]
+        return [t.to(torch.promote_types(t.dtype, torch.float32)) * (self._weight * weight) for t in tensors]

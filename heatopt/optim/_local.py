@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -172,6 +172,48 @@ class LocalOptimizer(OptimizerWrapper):
         All ranks are equal afterwards. Call it at the end of training, and to evaluate in between.
         """
         self._engine.synchronize()
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Context for a loop over batches of which ranks have unequal numbers. Collective at its end.
+
+        A rank that leaves the context goes along with the others' averages until all have left: it takes what they
+        merge, and counts for nothing in what they send, so means of parameters are over the ranks that have made an
+        update in the period. Moments and buffers are averaged over all ranks. At the end what is on its way is merged,
+        and all ranks get the mean over those that have made an update since the last average (if none has: over all).
+
+        Objects that are not the optimizer's (a scheduler's own counter, a GradScaler) are left alone; an outer
+        optimizer's options, and the learning rate with :class:`SlowMo`, must stay equal on all ranks.
+
+        Raises:
+            ValueError: replicas of several ranks, nested groups, or a warm-up that has not ended.
+        """
+        self._refuse_join()
+        yield
+        if self._comm.size == 1:
+            return
+        engine = self._engine
+        engine.all_idle, engine.idle_since = False, engine.updates
+        try:
+            while not engine.all_idle:
+                self.skip_update()
+            trained_since = engine.idle_since > engine.sent_after
+        finally:
+            engine.idle_since = None
+        engine.synchronize(payload=0.0 if trained_since else 1.0)
+
+    def _refuse_join(self) -> None:
+        reasons = {
+            "replicas of several ranks, which average gradients at each update": self._settings.within != "rank",
+            "nested groups": bool(self._place.nested),
+            "updates of the warm-up, whose gradients all ranks average": self._plan().exact,
+        }
+        for reason, found in reasons.items():
+            if found:
+                raise ValueError(
+                    f"{type(self).__name__}.join() cannot be used with {reason}; make the numbers of batches equal "
+                    "there, with the sampler's drop_last=True, say"
+                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""

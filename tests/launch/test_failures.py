@@ -179,3 +179,20 @@ def test_polling_does_not_hide_a_dead_rank() -> None:
     assert job.returncodes == (1, 1), job.text
     assert "RankFailedError: rank 0 lost contact" in job.stderr
     assert "completed" not in job.stdout
+
+
+# Works in the background
+
+
+@pytest.mark.parametrize(("size", "kind"), [(3, "mpi"), (2, "torch")])
+def test_a_program_ends_with_works_in_the_background(size: int, kind: Kind) -> None:
+    """They arrive: other ranks may wait for them."""
+    job = launch("background.py", "forgotten", size=size, kind=kind)
+    assert job.returncode == 0, job.text
+    assert job.stdout.count(f"arrived: {[[float(size)]] * 3}") == size, job.text
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, "mpi"), (2, "torch")])
+def test_a_rank_that_never_launches_is_named_at_the_end(size: int, kind: Kind) -> None:
+    job = launch("background.py", "missing", size=size, kind=kind)
+    assert_ended(job, "rank 1 left the program while rank 0 waited for it in a forgotten average|rank 0 lost contact")
