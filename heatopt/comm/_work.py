@@ -181,6 +181,7 @@ class WorkQueue:
         self._works: deque[Work[Any]] = deque()
         self._lock = threading.RLock()
         self._pump: threading.Thread | None = None  # alive as long as works are in flight
+        # Of all queues of a world. A queue with works in flight lives by its pump, whoever else lets go of it.
         self._branches: weakref.WeakSet[WorkQueue] = weakref.WeakSet()
         self.needs_calls = False
         """True if works stand still unless they are polled; see [Note: Pump]."""
@@ -189,14 +190,14 @@ class WorkQueue:
         """A queue whose works this one leaves alone until the end; see [Note: Works in the background]."""
         queue = WorkQueue()
         queue.needs_calls = True
+        queue._branches = self._branches
         self._branches.add(queue)
         return queue
 
     def finish_branches(self) -> None:
-        """Complete the works of all branches."""
+        """Complete the works of all branches of the world."""
         for queue in list(self._branches):
             queue.drain()
-            queue.finish_branches()
 
     def launch(self, steps: Steps[T], waiting: Waiting) -> Work[T]:
         """Start the first stage and return the handle.
