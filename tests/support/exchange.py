@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _CONNECT_SECONDS = 60.0
+# Short at first, as ranks come close together; long later, as a late rank needs the core.
+_FIRST_POLL_SECONDS = 0.00005
 _POLL_SECONDS = 0.001
 
 
@@ -50,6 +52,7 @@ class Exchange(ABC):
         arrived = {self.rank: value}
         self._post(value)
         started = time.monotonic()
+        pause = _FIRST_POLL_SECONDS
         while True:
             for rank in range(self.size):
                 if rank not in arrived:
@@ -59,7 +62,8 @@ class Exchange(ABC):
                 return [arrived[rank] for rank in range(self.size)]
             if timeout is not None and time.monotonic() - started > timeout:
                 raise MissingRanksError(arrived, [rank for rank in range(self.size) if rank not in arrived])
-            time.sleep(_POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
 
     def abort(self, code: int) -> None:
         """End all ranks, from any thread, whatever they do; this process ends at once."""
@@ -131,7 +135,7 @@ class MPIExchange(Exchange):
 
     def _next_turn(self) -> None:
         while not all([request.test()[0] for request in self._sends]):
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_FIRST_POLL_SECONDS)
 
     def abort(self, code: int) -> None:
         self._world.Abort(code)
