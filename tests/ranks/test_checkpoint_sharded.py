@@ -72,15 +72,15 @@ def test_training_goes_on_bit_for_bit(ranks: Ranks, algorithm: Algorithm, tmp_pa
 
 
 @one_process
-@pytest.mark.parametrize(
-    ("algorithm", "saver"),
-    [pytest.param(a, mode, id=f"{a.name}-{mode}") for a in ALGORITHMS for mode in shards_of(a.name)],
-)
-def test_any_number_of_ranks(algorithm: Algorithm, saver: str, tmp_path: Path) -> None:
-    """Save at {1, 2, 3, 4}, load at {1, 2, 3, 4}: the same bits, and the same next step with and without sharding."""
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
+def test_any_number_of_ranks(algorithm: Algorithm, tmp_path: Path) -> None:
+    """Save at {1, 2, 3, 4}, load at {1, 2, 3, 4}: the same bits, and the same next step with and without sharding.
+
+    Each algorithm saves with each kind of sharding, and on each number of ranks algorithms save with each kind.
+    """
     path = tmp_path / "checkpoint"
 
-    def save(comm: Communicator) -> dict[str, object]:
+    def save(comm: Communicator, saver: str) -> dict[str, object]:
         model, optimizer = make(algorithm, comm, saver)
         for step in range(2):
             algorithm.update(optimizer, model, batch(step, comm.rank))
@@ -101,7 +101,8 @@ def test_any_number_of_ranks(algorithm: Algorithm, saver: str, tmp_path: Path) -
             (assert_close if algorithm.name == "LBFGS" else assert_equal)(other, after[0])
 
     for saving in (1, 2, 3, 4):
-        saved = ThreadWorld(saving).run(save)[0]
+        modes = shards_of(algorithm.name)
+        saved = ThreadWorld(saving).run(save, modes[(ALGORITHMS.index(algorithm) + saving) % len(modes)])[0]
         for loading in (1, 2, 3, 4):
             ThreadWorld(loading).run(load)
 

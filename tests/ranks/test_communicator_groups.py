@@ -146,6 +146,7 @@ def choose_nodes(monkeypatch: pytest.MonkeyPatch, per_node: int) -> None:
     monkeypatch.setenv("HEATOPT_RANKS_PER_NODE", str(per_node))
 
 
+@pytest.mark.every_size
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4])
 def test_nodes_of_chosen_size(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, per_node: int) -> None:
     choose_nodes(monkeypatch, per_node)
@@ -169,6 +170,7 @@ def test_nodes_of_chosen_size(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, per
     ranks(body)
 
 
+@pytest.mark.every_size
 def test_groups_keep_the_nodes_of_their_ranks(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     choose_nodes(monkeypatch, 2)
 

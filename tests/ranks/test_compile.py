@@ -26,6 +26,7 @@ from tests.ranks._training import (
     whole,
     wrap,
 )
+from tests.support.designs import combinations
 from tests.support.launch import LAUNCH
 from tests.support.ranks import Ranks
 
@@ -56,8 +57,10 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("who", ["all", "first", "last"])
+@pytest.mark.parametrize(
+    ("who", "mode"),
+    [pytest.param(w, *m.values, id=f"{w}-{m.id}") for w, m in combinations(["all", "first", "last"], MODES)],
+)
 def test_t03_some_ranks_compile(ranks: Ranks, who: str, mode: dict[str, Any]) -> None:
     """Hooks of a compiled model fire in another order; sums and buckets are the same."""
 

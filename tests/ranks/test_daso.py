@@ -28,6 +28,7 @@ from tests.ranks._training import (
     train,
     whole,
 )
+from tests.support.launch import LAUNCH
 from tests.support.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Ranks, and ranks per node: one node, one rank per node, equal nodes, unequal nodes.
 TOPOLOGIES = [(1, 1), (2, 2), (2, 1), (4, 1), (4, 2), (3, 2), (5, 3), (5, 2)]
 topologies = pytest.mark.parametrize(("size", "per_node"), TOPOLOGIES)
+one_process = pytest.mark.skipif(LAUNCH.launched, reason="starts ranks of its own")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,7 @@ def daso(comm: Communicator, model: nn.Module, epochs: int = 4, **options: Any) 
     return heatopt.DASO(sgd(model), epochs, model=model, comm=comm, **chosen)
 
 
+@one_process
 @pytest.mark.parametrize("merge", ["delta", "daso"])
 @topologies
 def test_any_topology(size: int, per_node: int, merge: str) -> None:
@@ -74,6 +77,7 @@ def test_any_topology(size: int, per_node: int, merge: str) -> None:
     assert all(torch.isfinite(t).all() for t in found[-1])
 
 
+@one_process
 @topologies
 def test_blocking_phases_are_the_mean_of_the_nodes_weighted_by_their_ranks(size: int, per_node: int) -> None:
     """With SGD without momentum that is one process with the whole batch."""
@@ -119,6 +123,7 @@ def cycle_by_hand(size: int, skip: int, wait: int, steps: int, merge: str) -> li
     return expected
 
 
+@one_process
 @pytest.mark.parametrize("merge", ["delta", "daso"])
 @pytest.mark.parametrize(("skips", "wait"), [(4, 1), (2, 1), (1, 1), (8, 2)])
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -142,6 +147,7 @@ def test_cycling_against_the_formulas(size: int, skips: int, wait: int, merge: s
     assert any(not torch.equal(a, b) for a, b in zip(found[0][0], found[-1][0], strict=True))
 
 
+@one_process
 @pytest.mark.parametrize(("merge", "kept"), [("delta", 1.0), ("daso", 0.875)])
 def test_local_progress_with_a_constant_gradient(merge: str, kept: float) -> None:
     """Two nodes, B = 4, S = 1: the published merge loses an eighth of all updates."""
@@ -159,6 +165,7 @@ def test_local_progress_with_a_constant_gradient(merge: str, kept: float) -> Non
     assert world(2, 1).run(body)[0] == pytest.approx(kept, abs=2e-3)
 
 
+@one_process
 def test_rounded_messages_reach_the_loss_of_unrounded_ones() -> None:
     """Least squares with the learning rate dropped half-way: weights rounded to bfloat16 would end far above."""
     features, steps = 64, 600
@@ -192,6 +199,7 @@ def operations(events: list[Any], rank: int) -> list[str]:
     return [event.kind for event in events if event.rank == rank and event.kind not in ("words", "objects")]
 
 
+@one_process
 def test_number_and_order_of_exchanges() -> None:
     """Two nodes of two ranks: one rank of each averages among nodes, in turn, and passes the result on."""
     ring = world(4, 2)
@@ -236,6 +244,7 @@ def cycling_alone(comm: Communicator, model: nn.Module, local: int, skips: int, 
     return optimizer
 
 
+@one_process
 @pytest.mark.parametrize(("local", "skips", "wait"), [(2, 8, 2), (3, 4, 1)])
 def test_ranks_of_a_node_train_alone_between_local_averages(local: int, skips: int, wait: int) -> None:
     """Two nodes of two ranks, each rank with a momentum of its own, against the formulas."""
@@ -281,6 +290,7 @@ def test_ranks_of_a_node_train_alone_between_local_averages(local: int, skips: i
         assert not torch.equal(history[1][0][0], history[1][1][0])
 
 
+@one_process
 def test_number_and_order_of_exchanges_where_ranks_train_alone() -> None:
     ring = world(4, 2)
 
@@ -308,6 +318,7 @@ def test_number_and_order_of_exchanges_where_ranks_train_alone() -> None:
         assert [number for _, number in exchanges][1::2] == [0, 0, 0]
 
 
+@one_process
 def test_from_training_alone_to_averaged_gradients_and_back() -> None:
     """The published cycle, all of it: (4, 1, 1), (2, 1, 1), (1, 1, 1), (8, 2, 2), (4, 1, 1)."""
 
@@ -335,6 +346,7 @@ def test_from_training_alone_to_averaged_gradients_and_back() -> None:
     assert world(4, 2).run(body)[-1] in (phases, [(4, 1, False), *phases[:13]])
 
 
+@one_process
 def test_a_checkpoint_where_ranks_train_alone() -> None:
     def body(comm: Communicator) -> None:
         model, resumed = net(), net(seed=1)
@@ -353,6 +365,7 @@ def test_a_checkpoint_where_ranks_train_alone() -> None:
     world(4, 2).run(body)
 
 
+@one_process
 def test_messages_are_no_longer_than_the_chunk_size() -> None:
     ring = world(2, 1)
 
@@ -506,6 +519,7 @@ def test_decisions_are_logged_where_wanted(ranks: Ranks, caplog: pytest.LogCaptu
     assert set(lines) <= {"DASO: epoch 1 ended with loss 1; next is cycling with B = 4, L = 1, S = 1"}
 
 
+@one_process
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_parameters_and_groups(frozen: int) -> None:
     def body(comm: Communicator) -> None:
@@ -525,6 +539,7 @@ def test_frozen_parameters_and_groups(frozen: int) -> None:
     world(4, 2).run(body)
 
 
+@one_process
 def test_normalisation_statistics_are_equal_after_an_epoch() -> None:
     def body(comm: Communicator) -> None:
         model = fill(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double())

@@ -15,7 +15,7 @@ from heatopt.errors import RankMismatchError
 from tests.ranks._masters import ADAMW, MASTER, MASTERS, SGD, Oracle, backward, make_net, snapshot, train, wrap
 from tests.ranks._sharding import SHARDS
 from tests.support import parity
-from tests.support.algorithms import Case, default_cases, option_cases
+from tests.support.algorithms import Case, covering_cases, default_cases, option_cases
 from tests.support.launch import LAUNCH
 from tests.support.problems import Net, Table, random, words
 from tests.support.ranks import Ranks
@@ -23,7 +23,7 @@ from tests.support.ranks import Ranks
 DEFAULTS = [case for case in default_cases() if case.takes_dense and not case.needs_closure]
 OPTIONS = [
     case
-    for case in option_cases(thorough=not LAUNCH.launched)
+    for case in (covering_cases() if LAUNCH.launched else option_cases(thorough=False))
     if case.values[0].takes_dense and not case.values[0].needs_closure
 ]
 HALF = (torch.bfloat16, torch.float16)

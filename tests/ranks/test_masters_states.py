@@ -18,6 +18,7 @@ from tests.ranks._masters import ADAMW, MASTER, MASTERS, SGD, Oracle, make_net, 
 from tests.ranks._sharding import SHARDS
 from tests.support import parity
 from tests.support.algorithms import Case, default_cases
+from tests.support.designs import combinations
 from tests.support.launch import LAUNCH
 from tests.support.problems import Net
 from tests.support.ranks import Ranks
@@ -88,17 +89,17 @@ def test_goes_on_from_a_state_dict(ranks: Ranks, case: Case) -> None:
     def body(comm: Communicator) -> None:
         oracle = Oracle(comm, case, make_net(case))
         oracle.train(range(6))
-        for source in SHARDS:
-            net, optimizer = trained(comm, case, source)
+        sources = {source: trained(comm, case, source) for source in SHARDS}
+        for source, target in combinations(SHARDS, SHARDS):
+            net, optimizer = sources[source]
             saved = copy.deepcopy(optimizer.state_dict())
-            for target in SHARDS:
-                other, again = fresh(comm, case, net, target)
-                given = copy.deepcopy(saved)
-                again.load_state_dict(given)
-                parity.assert_same_bits(given, saved, "what was given")
-                parity.assert_same_bits(again.state_dict(), saved, "what was loaded")
-                train(comm, again, other, THEN)
-                parity.assert_same_bits(snapshot(other, again), oracle.snapshot(), f"{source} to {target}")
+            other, again = fresh(comm, case, net, target)
+            given = copy.deepcopy(saved)
+            again.load_state_dict(given)
+            parity.assert_same_bits(given, saved, "what was given")
+            parity.assert_same_bits(again.state_dict(), saved, "what was loaded")
+            train(comm, again, other, THEN)
+            parity.assert_same_bits(snapshot(other, again), oracle.snapshot(), f"{source} to {target}")
 
     ranks(body)
 

@@ -13,13 +13,14 @@ from heatopt.comm import Communicator
 from tests.ranks._sharding import SHARDS, assert_close, assert_same_bits, shards_of
 from tests.ranks.test_exactness import TOLERANCE, assert_all_close, grouped, make_net
 from tests.support import parity
-from tests.support.algorithms import Case, default_cases, option_cases
+from tests.support.algorithms import Case, covering_cases, default_cases, option_cases
 from tests.support.launch import LAUNCH
 from tests.support.problems import Net, Table, words
 from tests.support.ranks import Ranks
 from tests.support.training import SMALL_BUCKET_MB, train, train_alone, train_as_rank
 
-CASES = [case for case in option_cases(thorough=not LAUNCH.launched) if case.values[0].takes_dense]
+OPTIONS = covering_cases() if LAUNCH.launched else option_cases(thorough=False)
+CASES = [case for case in OPTIONS if case.values[0].takes_dense]
 DEFAULTS = default_cases()
 DENSE = [case for case in DEFAULTS if case.takes_dense]
 # The inner products of LBFGS are added up in another order, so that last bits differ: see test_shard_lbfgs.

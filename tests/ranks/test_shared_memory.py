@@ -12,8 +12,11 @@ import torch
 
 import heatopt
 from heatopt.comm import ReduceOptions, ThreadWorld
+from tests.support.launch import LAUNCH
 
 SIZES = (1, 5, 1023, 1024, 4099, 200_003)
+
+one_process = pytest.mark.skipif(LAUNCH.launched, reason="starts ranks of its own")
 
 
 def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -56,6 +59,7 @@ def test_one_node_sums_in_rank_order(ranks, dtype, blocking):
     ranks(body)
 
 
+@one_process
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_threads_in_shared_memory_sum_in_rank_order(size, dtype):
@@ -69,6 +73,7 @@ def test_threads_in_shared_memory_sum_in_rank_order(size, dtype):
             assert torch.equal(tensor, in_rank_order([values(rank, numel, dtype) for rank in range(size)], size))
 
 
+@one_process
 @pytest.mark.parametrize(("size", "per_node"), [(2, 1), (3, 2), (4, 2), (4, 3), (5, 2)])
 def test_nodes_sum_their_own_first(size, per_node):
     def body(comm):
@@ -82,6 +87,7 @@ def test_nodes_sum_their_own_first(size, per_node):
             assert torch.equal(tensor, in_rank_order(sums, size))
 
 
+@one_process
 @pytest.mark.parametrize(("size", "per_node"), [(4, 2), (5, 2), (6, 3)])
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
 def test_ranks_may_be_at_different_stages_of_works(size, per_node, wire):
@@ -116,6 +122,7 @@ def test_ranks_may_be_at_different_stages_of_works(size, per_node, wire):
             assert all(torch.equal(found[turn][index], expected) for found in everybody)
 
 
+@one_process
 @pytest.mark.parametrize("per_node", [1, 2, 3, 4])
 def test_reproducible_does_not_depend_on_the_placement(per_node):
     def body(comm):
@@ -127,6 +134,7 @@ def test_reproducible_does_not_depend_on_the_placement(per_node):
             assert torch.equal(tensor, in_rank_order([values(rank, numel, torch.float32) for rank in range(4)], 4))
 
 
+@one_process
 @pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16])
 def test_wire_dtype_rounds_between_nodes_only(wire):
     def body(comm):
@@ -181,6 +189,7 @@ def test_a_rank_that_fails_releases_the_others():
         ThreadWorld(2, shared_memory=True).run(body)
 
 
+@one_process
 @pytest.mark.parametrize("who", ["all", "one"])
 @pytest.mark.parametrize("where", ["_make_file", "_open_file"])
 def test_falls_back_together_where_memory_cannot_be_shared(where, who, monkeypatch, caplog):

@@ -36,6 +36,7 @@ from tests.ranks._training import (
     words,
     wrap,
 )
+from tests.support.launch import LAUNCH
 from tests.support.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -457,6 +458,7 @@ def test_two_optimizers(ranks: Ranks, order: int) -> None:
     ranks(body)
 
 
+@pytest.mark.skipif(LAUNCH.launched, reason="starts ranks of its own")
 @pytest.mark.parametrize("shard", SHARDS)
 @pytest.mark.parametrize("settings", [{}, {"reproducible": True}, {"wire_dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "private"])

@@ -114,19 +114,33 @@ def option_cases(thorough: bool = True) -> list[Any]:
     return [parameter for parameter in found if thorough or not parameter.marks]
 
 
+def covering_cases() -> list[Any]:
+    """Each set of options in the table and each implementation of each algorithm at least once, but not each pair."""
+    found = []
+    for row in _table():
+        inputs, implementations = row.optim_inputs_func(device="cpu"), _implementations(row)
+        for number in range(max(len(inputs), len(implementations))):
+            found.append(_case(row, inputs[number % len(inputs)], *implementations[number % len(implementations)]))
+    return found
+
+
 def _parameters(row: Any, thorough: bool) -> Iterator[Any]:
     on_cpu = row.optim_inputs_func(device="cpu")
     for inputs in on_cpu:
         for implementation, switches in _implementations(row):
             if thorough or implementation == "forloop" or inputs is on_cpu[0]:
-                case = Case(row.optim_cls, _fewer_iterations(row, inputs.kwargs) | switches)
-                yield _parameter(case, f"{inputs.desc} {implementation}", None)
+                yield _case(row, inputs, implementation, switches)
     seen = {_text(inputs) for inputs in on_cpu}
     for inputs in row.optim_inputs_func(device="cuda"):
         if _text(inputs) not in seen:
             seen.add(_text(inputs))
             reason = None if torch.cuda.is_available() else "needs CUDA: capturable optimizers refuse CPU tensors"
             yield _parameter(Case(row.optim_cls, inputs.kwargs, "cuda"), f"{inputs.desc} cuda", reason)
+
+
+def _case(row: Any, inputs: Any, implementation: str, switches: Mapping[str, bool]) -> Any:
+    case = Case(row.optim_cls, _fewer_iterations(row, inputs.kwargs) | switches)
+    return _parameter(case, f"{inputs.desc} {implementation}", None)
 
 
 def _text(inputs: Any) -> str:

@@ -19,6 +19,7 @@ _report = pytest.StashKey[TextIO]()
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "launched: needs mpiexec or torchrun; skipped without")
+    config.addinivalue_line("markers", "every_size: on 1 to 4 threads, for no launcher runs it; others are on 1 and 3")
     if LAUNCH.kind == "mpi":
         # Set after pytest-mpi was configured: its tests run, but its page about the MPI library is not printed.
         config.option.with_mpi = True

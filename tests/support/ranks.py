@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+EVERY_SIZE = [1, 2, 3, 4]
 # One, and several that divide no power of two; the launchers' sessions run the same tests on 1 to 4 ranks.
 _THREADS = os.environ.get("HEATOPT_TEST_THREADS") or "1,3"
 _THREAD_TIMEOUT = 20.0
@@ -87,7 +88,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if LAUNCH.launched:
         metafunc.parametrize("ranks", [None], ids=["world"], indirect=True)
     else:
-        sizes = _thread_numbers()
+        sizes = EVERY_SIZE if metafunc.definition.get_closest_marker("every_size") else _thread_numbers()
         metafunc.parametrize("ranks", sizes, ids=[f"threads{size}" for size in sizes], indirect=True)
 
 
