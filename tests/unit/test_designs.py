@@ -1,4 +1,4 @@
-"""The choice of combinations: no value is left out, and launches complete each other."""
+"""The choice of combinations and of numbers of ranks: no value is left out, and launches complete each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from tests.support import ranks
 from tests.support.algorithms import Case, covering_cases, option_cases
 from tests.support.designs import diagonal
 
@@ -40,3 +41,16 @@ def test_covering_options() -> None:
     assert len(found) < len(table) / 2
     for what in (options, implementation):
         assert {(case.name, what(case)) for case in found} == {(case.name, what(case)) for case in table}
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1,3", [1, 3]), ("2, 4", [2, 4]), ("5", [5])])
+def test_numbers_of_threads(monkeypatch: pytest.MonkeyPatch, text: str, expected: list[int]) -> None:
+    monkeypatch.setattr(ranks, "_THREADS", text)
+    assert ranks._thread_numbers() == expected
+
+
+@pytest.mark.parametrize("text", ["some", "0,2", "1,", "1.5"])
+def test_wrong_numbers_of_threads(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(ranks, "_THREADS", text)
+    with pytest.raises(pytest.UsageError, match=f"HEATOPT_TEST_THREADS .* not '{text}'"):
+        ranks._thread_numbers()
