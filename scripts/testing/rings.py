@@ -125,8 +125,11 @@ class Session:
         # mpiexec gives each rank a terminal of its own, so pytest cannot tell whether there is one.
         color = f"--color={'yes' if sys.stdout.isatty() else 'no'}"
         command = [*launcher, "-m", "pytest", f"--junitxml={self._report}", color, *part.options]
-        # More patience than at a desk: a rank that is late on a busy machine is not stuck.
-        environment = {"HEATOPT_TEST_GRACE": "20"} | child_environment(HEATOPT_TEST_LOGS=str(LOGS / part.name))
+        # More patience than at a desk: a rank that is late on a busy machine is not stuck. And of the hundreds of
+        # processes that are started the first alone is to compile the package.
+        environment = {"HEATOPT_TEST_GRACE": "20"} | child_environment(
+            HEATOPT_TEST_LOGS=str(LOGS / part.name), PYTHONDONTWRITEBYTECODE=""
+        )
         self._output = None if live else (LOGS / f"{part.name}.log").open("w+b")
         self._process = subprocess.Popen(
             command,

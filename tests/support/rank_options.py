@@ -44,6 +44,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if any(path.is_relative_to(collection_path) for path in asked) else True
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under a launcher leave out what is skipped for sure: the ranks would have to agree on each skip."""
+    if not LAUNCH.launched:
+        return
+    skipped = {item for item in items if any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif"))}
+    if skipped:
+        config.hook.pytest_deselected(items=list(skipped))
+        items[:] = [item for item in items if item not in skipped]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("launched") and not LAUNCH.launched:
         pytest.skip("needs several processes: run it under mpiexec or torchrun")

@@ -297,6 +297,23 @@ def test_launcher_runs_the_tests_of_ranks_alone(
 
 
 @pytest.mark.parametrize(
+    ("kind", "left"), [("mpi", ["plain", "not skipped"]), ("none", ["plain", "not skipped", "one"])]
+)
+def test_launcher_leaves_out_what_is_skipped_for_sure(
+    monkeypatch: pytest.MonkeyPatch, kind: Literal["none", "mpi"], left: list[str]
+) -> None:
+    monkeypatch.setattr(rank_options, "LAUNCH", Launch(kind))
+    conditions = {"plain": (), "not skipped": (False,), "skipped": (True,)}
+    items = [Mock(iter_markers=lambda name, args=args: [Mock(args=args)]) for args in conditions.values()]
+    names = dict(zip(items, conditions, strict=True))
+    config = Mock()
+    rank_options.pytest_collection_modifyitems(config, items)
+    assert [names[item] for item in items] == left
+    told = [item for call in config.hook.pytest_deselected.mock_calls for item in call.kwargs["items"]]
+    assert [names[item] for item in told] == ([] if kind == "none" else ["skipped"])
+
+
+@pytest.mark.parametrize(
     ("kinds", "expected"),
     [
         (["passed", "passed"], "passed"),
