@@ -57,6 +57,7 @@ OWN_NAMES = {
 COMM_NAMES = {
     "BucketMemory",
     "Communicator",
+    "Handle",
     "MPICommunicator",
     "NodeGroups",
     "ReduceOptions",
