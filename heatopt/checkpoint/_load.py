@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -193,4 +194,7 @@ def _put_in_place(comm: Communicator, given: Mapping[str, Any], contents: Mappin
             if states is not None and _ORDER in contents:
                 states.hold_parts(contents[_ORDER])
 
-    _together(comm, put_large)
+    # Where the ranks of a node have the parameters in common, all are about to write them.
+    own_parameters = getattr(given.get("optimizer"), "own_parameters", nullcontext)
+    with own_parameters():
+        _together(comm, put_large)

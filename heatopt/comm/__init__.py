@@ -12,6 +12,7 @@ from heatopt.comm._communicator import Communicator, NodeGroups
 from heatopt.comm._launch import detect_launch, world
 from heatopt.comm._node_reduction import BucketMemory, ReduceOptions
 from heatopt.comm._settings import check_timeout
+from heatopt.comm._shared_memory import SharedBlock
 from heatopt.comm._single import SingleCommunicator
 from heatopt.comm._threads import ThreadCommunicator, ThreadWorld
 from heatopt.comm._topology import Topology
@@ -28,6 +29,7 @@ __all__ = [
     "MPICommunicator",
     "NodeGroups",
     "ReduceOptions",
+    "SharedBlock",
     "SingleCommunicator",
     "ThreadCommunicator",
     "ThreadWorld",

@@ -11,8 +11,9 @@ import torch
 from heatopt.comm._background import HostWork, StreamWork
 from heatopt.comm._collectives import broadcast_flat, gather_flat, reduce_flat, reduce_scatter_rows
 from heatopt.comm._group import RankGroup, Words
-from heatopt.comm._node_reduction import BucketMemory, ReduceOptions, Take
+from heatopt.comm._node_reduction import BucketMemory, Parts, ReduceOptions, Take
 from heatopt.comm._reducer import BucketReducer
+from heatopt.comm._shared_memory import SharedBlock
 from heatopt.comm._tensors import check_reduction, describe_call, flatten
 from heatopt.comm._topology import Topology
 from heatopt.comm._watchdog import Watchdog
@@ -260,6 +261,22 @@ class Communicator(RankGroup):
     def share_memory(self, memory: BucketMemory, take: Take, what: str) -> None:
         """Show what the other ranks have in their ``memory.own`` to ``take(rank, theirs)``."""
         self._run(self._reducer.share_steps(self, memory, take), what)
+
+    def allocate_once(self, nbytes: int) -> SharedBlock | None:
+        """Zeroed memory that the ranks of each node have in common; None on all ranks if there is none. Collective.
+
+        Nothing keeps readers and writers apart but the meetings that the caller arranges.
+        """
+        return self._reducer.allocate_once(self, self._make_group, nbytes)
+
+    def spread_to_nodes(self, parts: Parts, what: str) -> None:
+        """Copy what each rank has written of its node's common memory to the other nodes, whose ranks then see it.
+
+        Args:
+            parts: by rank, views of memory by :meth:`allocate_once`: alike on all ranks, and disjoint.
+            what: names the call in messages.
+        """
+        self._run(self._reducer.spread_steps(parts), what)
 
     def progress(self) -> None:
         """Advance what has been launched, without blocking."""

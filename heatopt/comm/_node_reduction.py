@@ -13,16 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from heatopt.comm._collectives import reduce_flat, reduce_scatter_parts
+from heatopt.comm._collectives import gather_flat, reduce_flat, reduce_scatter_parts
 from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice, sum_to
-from heatopt.comm._shared_memory import Lane, NodeMemory
+from heatopt.comm._shared_memory import Lane, NodeMemory, SharedBlock
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Stage, Steps
 
-__all__ = ["BucketMemory", "NodeReduction", "ReduceOptions", "Take"]
+__all__ = ["BucketMemory", "NodeReduction", "Parts", "ReduceOptions", "Take"]
 
 Take = Callable[[int, torch.Tensor], None]
 """Is given a rank and its memory, to be read before it returns."""
+
+Parts = Sequence[Sequence[torch.Tensor]]
+"""By rank: what it owns of memory that the ranks of a node have in common; one dtype, at least one tensor in all."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,34 @@ class NodeReduction:
         for rank, segment in enumerate(memory.segments):
             if rank != memory.position:
                 take(rank, segment)
+        yield self._node.arrive(Lane.FINISH)
+
+    def allocate_once(self, nbytes: int) -> SharedBlock | None:
+        """Memory that the ranks of this node have in common; None on all ranks if any has not enough. Collective."""
+        return self._node.allocate(-(-nbytes // self._node.local_size))
+
+    def spread_steps(self, parts: Parts) -> Steps[None]:
+        """Copy what each rank has written of its node's common memory to that of the other nodes.
+
+        The owner of a slice stands for the ranks that it stands for in reductions: it sends what those of its node
+        own, and alone writes what those of other nodes own. So each byte reaches a node once, and is written once.
+        """
+        yield self._node.arrive(Lane.LAUNCH)
+        local_rank = self._node.local_rank
+        if self._across is not None and local_rank < self._owners:
+            served = [
+                [part for rank in ranks[local_rank :: self._owners] for part in parts[rank]] for ranks in self._nodes
+            ]
+            counts = [sum(part.numel() for part in node) for node in served]
+            first = next(part for own in parts for part in own)
+            row = first.new_zeros(max(counts))
+            row[: counts[self._index]] = torch.cat([first.new_empty(0), *(p.reshape(-1) for p in served[self._index])])
+            rows = yield from gather_flat(self._across, row, True)
+            for index, (node, found) in enumerate(zip(served, rows, strict=False)):
+                if index != self._index:
+                    lengths = [part.numel() for part in node]
+                    for part, values in zip(node, found[: counts[index]].split(lengths), strict=True):
+                        part.copy_(values.view(part.shape))
         yield self._node.arrive(Lane.FINISH)
 
 

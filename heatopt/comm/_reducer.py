@@ -10,11 +10,12 @@ import torch
 from heatopt._log import logger
 from heatopt.comm._collectives import gather_flat, reduce_flat, reduce_scatter_parts
 from heatopt.comm._group import MAX_NODE_WORDS, RankGroup
-from heatopt.comm._node_reduction import BucketMemory, NodeReduction, ReduceOptions, Take
+from heatopt.comm._node_reduction import BucketMemory, NodeReduction, Parts, ReduceOptions, Take
 from heatopt.comm._settings import shared_memory_wanted
-from heatopt.comm._shared_memory import NodeMemory
+from heatopt.comm._shared_memory import NodeMemory, SharedBlock
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
+from heatopt.errors import HeatoptError
 
 __all__ = ["BucketReducer"]
 
@@ -48,15 +49,24 @@ class BucketReducer:
             dtype: type of the elements.
             device: where they are to be; the memory of a node is shared on CPUs only.
         """
-        if self._state is _State.UNDECIDED and device.type == "cpu":
-            self._node = _open_node(group, make_group)
-            self._state = _State.PRIVATE if self._node is None else _State.SHARED
+        if device.type == "cpu":
+            self._decide(group, make_group)
         if self._node is not None and device.type == "cpu":
             memory = self._node.allocate(numel, dtype)
             if memory is not None:
                 return memory
             logger.warning("not enough memory to share: a bucket of %d bytes is private", numel * dtype.itemsize)
         return BucketMemory([torch.zeros(numel, dtype=dtype, device=device)], 0, False)
+
+    def allocate_once(self, group: RankGroup, make_group: MakeGroup, nbytes: int) -> SharedBlock | None:
+        """Memory that the ranks of each node have in common; None on all ranks if there is none. Collective."""
+        self._decide(group, make_group)
+        return None if self._node is None else self._node.allocate_once(nbytes)
+
+    def _decide(self, group: RankGroup, make_group: MakeGroup) -> None:
+        if self._state is _State.UNDECIDED:
+            self._node = _open_node(group, make_group)
+            self._state = _State.PRIVATE if self._node is None else _State.SHARED
 
     def steps(self, group: RankGroup, memory: BucketMemory, options: ReduceOptions) -> Steps[None]:
         """Sum a bucket over the ranks of ``group`` and divide, in place."""
@@ -83,6 +93,12 @@ class BucketReducer:
         if self._node is not None and memory.shared and group.num_nodes == 1:
             return self._node.share_steps(memory, take)
         return _share_by_gather(group, memory.own, take)
+
+    def spread_steps(self, parts: Parts) -> Steps[None]:
+        """Copy what each rank owns of memory by :meth:`allocate_once` to the other nodes."""
+        if self._node is None:
+            raise HeatoptError("the communicator is closed, and with it the way to the parameters of other nodes")
+        return self._node.spread_steps(parts)
 
     def close(self) -> None:
         """Let go of the node's memory; what lives in it keeps it."""

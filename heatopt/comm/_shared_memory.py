@@ -53,10 +53,19 @@ class SharedBlock:
             for rank in range(ranks)
         ]
         """Bytes of each rank of the node, in the order of their ranks. They keep the memory alive."""
+        self._memory = memory
 
     def typed(self, dtype: torch.dtype, numel: int) -> list[torch.Tensor]:
         """The segments as tensors of ``numel`` elements."""
         return [segment[: numel * dtype.itemsize].view(dtype) for segment in self.segments]
+
+    def tensor(self, dtype: torch.dtype, numel: int, offset: int) -> torch.Tensor:
+        """``numel`` elements, at least one, from byte ``offset`` of the whole block, whatever segments they are in.
+
+        It has a storage of its own, so that whoever saves or copies it saves no more than these elements, and keeps the
+        memory alive.
+        """
+        return torch.frombuffer(self._memory, dtype=dtype, count=numel, offset=offset)
 
 
 class Lane(IntEnum):

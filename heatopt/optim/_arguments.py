@@ -33,6 +33,7 @@ def check_arguments(
     wire_dtype: object = None,
     reproducible: object = False,
     fuse: object = False,
+    parameters_per_node: object = "own",
     master_dtype: object = None,
 ) -> SyncSettings:
     """Return the settings.
@@ -78,6 +79,7 @@ def check_arguments(
         sparse=_sparse_parameters(optimizer, model),
         fuse=fuse,
         shard=shard,
+        parameters_per_node=_check_parameters_per_node(parameters_per_node, shard),
         master_dtype=_check_master_dtype(master_dtype, optimizer, fuse),
     )
 
@@ -92,6 +94,20 @@ def _check_shard(shard: object, optimizer: torch.optim.Optimizer, fuse: bool) ->
         if fuse:
             raise ValueError(f"fuse=True and shard={shard!r} cannot be combined yet; choose one of them")
     return shard
+
+
+def _check_parameters_per_node(choice: object, shard: str) -> str:
+    allowed = "parameters_per_node must be 'own' or 'shared'"
+    if not isinstance(choice, str):
+        raise TypeError(f"{allowed}, got {choice!r}")
+    if choice not in ("own", "shared"):
+        raise ValueError(f"{allowed}, got {choice!r}")
+    if choice == "shared" and shard == "none":
+        raise ValueError(
+            "parameters_per_node='shared' needs shard='state' or 'gradients', with which each rank updates its part of "
+            "the parameters, got shard='none'; choose one of these, or parameters_per_node='own'"
+        )
+    return choice
 
 
 def _check_master_dtype(master_dtype: object, optimizer: torch.optim.Optimizer, fuse: bool) -> torch.dtype | None:

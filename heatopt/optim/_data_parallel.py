@@ -15,9 +15,9 @@ from heatopt.optim._arguments import check_arguments, listed_once, parameter_nam
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._closures import Closure, averaged
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
+from heatopt.optim._own_parameters import WritableParameters
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
-from heatopt.optim._weighted import WeightedSamples
 from heatopt.sync import (
     Call,
     SyncSettings,
@@ -31,7 +31,7 @@ from heatopt.sync import (
 __all__ = ["DataParallelOptimizer"]
 
 
-class DataParallelOptimizer(WeightedSamples):
+class DataParallelOptimizer(WritableParameters):
     r"""Make ``torch_optimizer`` data-parallel: every rank sees the gradients' mean over all ranks.
 
     .. math:: g_t = \frac{1}{P} \sum_{r=0}^{P-1} \nabla f(x_{t}; B_{r,t}), \qquad x_{t+1} = \text{step}(x_t, g_t)
@@ -75,6 +75,9 @@ class DataParallelOptimizer(WeightedSamples):
             nodes is that of ``"none"``. With several ranks ``p.grad`` is then None after a synchronised ``backward()``,
             for every parameter whose gradient is not sparse: clip by :meth:`clip_grad_norm_`, clear by
             :meth:`zero_grad`. Averages add up until ``step()`` has used them. Not for LBFGS.
+        parameters_per_node: ``"shared"``: the ranks of a node have the parameters (on the CPU) once, in memory that all
+            of them read and each writes its part of, with the results of ``"own"`` (the default). Nothing of them
+            travels within a node. Needs ``shard``. Write into them inside :meth:`own_parameters` alone.
         master_dtype: ``torch.float32`` (or float64): narrower parameters, of bfloat16 or float16, are updated in copies
             of this dtype, ``"master_weight"`` among their states, with moments of this dtype, and set to the copy
             rounded. A write to a parameter goes to its copy, too. State dicts have the copies in ``"master_weights"``,
@@ -106,6 +109,7 @@ class DataParallelOptimizer(WeightedSamples):
         timeout: float | None = None,
         fuse: bool = False,
         shard: str = "none",
+        parameters_per_node: str = "own",
         master_dtype: torch.dtype | None = None,
     ) -> None:
         settings = check_arguments(
@@ -120,6 +124,7 @@ class DataParallelOptimizer(WeightedSamples):
             timeout=timeout,
             fuse=fuse,
             shard=shard,
+            parameters_per_node=parameters_per_node,
             master_dtype=master_dtype,
         )
         if isinstance(torch_optimizer, DataParallelOptimizer):
@@ -129,6 +134,8 @@ class DataParallelOptimizer(WeightedSamples):
         self._assemble(torch_optimizer, world() if comm is None else comm, names, settings)
         self._gradients.attach()
         start_equal(self._comm, torch_optimizer, model)
+        others = [] if model is None else [*model.parameters(), *model.buffers()]
+        self._memory.hold(self._parameters(), others, equal=True)
 
     def _assemble(
         self,
@@ -143,7 +150,7 @@ class DataParallelOptimizer(WeightedSamples):
         self._names = names
         self._settings = settings
         route_around_fused_sgd(torch_optimizer, torch_optimizer.param_groups)
-        self._gradients, self._shards, self._states, self._stepper = assemble(
+        self._gradients, self._shards, self._states, self._stepper, self._memory = assemble(
             torch_optimizer, comm, names, settings, layout
         )
         claim(self._parameters(), self)
@@ -316,6 +323,7 @@ class DataParallelOptimizer(WeightedSamples):
         claim(added, self)
         self._gradients.extend()
         broadcast_tensors(self._comm, added, 0, "the broadcast of added parameters")
+        self._memory.hold(self._parameters())
 
     # State
 

@@ -13,6 +13,9 @@ from heatopt.sharding import (
     Masters,
     MasterStates,
     MemberStepper,
+    NodeParameters,
+    OwnParameters,
+    ParameterMemory,
     ShardedStates,
     States,
     WholeStates,
@@ -32,6 +35,8 @@ class Parts(NamedTuple):
     states: States
     stepper: Any
     """Its ``step`` makes the update."""
+    memory: ParameterMemory
+    """Where the parameters live."""
 
 
 def assemble(
@@ -57,16 +62,20 @@ def assemble(
     masters = Masters(settings.master_dtype) if settings.master_dtype is not None else None
     if comm.size == 1:
         gradients = LocalGradients(lambda: optimizer.param_groups)
-        return Parts(gradients, GradientShards(), *_unsharded(optimizer, settings, masters))
+        memory: ParameterMemory = OwnParameters(lambda: comm)
+        return Parts(gradients, GradientShards(), *_unsharded(optimizer, settings, masters), memory)
     divides = settings.shard == "gradients"
     shards = GradientShards(GradientDivision(optimizer)) if divides else GradientShards()
     # The callback must not hold the wrapper, which is to die with its last user.
     sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards)
     if settings.shard == "none":
-        return Parts(sync, shards, *_unsharded(optimizer, settings, masters))
+        return Parts(sync, shards, *_unsharded(optimizer, settings, masters), OwnParameters(sync.channel))
+    # With one rank on each node each has its own in any case.
+    shares = settings.parameters_per_node == "shared" and comm.size > comm.num_nodes
+    memory = NodeParameters(sync.channel, names) if shares else OwnParameters(sync.channel)
     hold_whole = sync.hold_whole if divides else None
-    states = sharded_states(optimizer, sync.channel, sync.meet_for_states, layout, shards, hold_whole, masters)
-    return Parts(sync, shards, _with_masters(optimizer, states, masters), states)
+    states = sharded_states(optimizer, memory, sync.channel, sync.meet_for_states, layout, shards, hold_whole, masters)
+    return Parts(sync, shards, _with_masters(optimizer, states, masters), states, memory)
 
 
 def _unsharded(optimizer: torch.optim.Optimizer, settings: SyncSettings, masters: Masters | None) -> tuple[States, Any]:

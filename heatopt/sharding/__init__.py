@@ -9,6 +9,8 @@ from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._master_states import MASTERS, MasterStates
 from heatopt.sharding._masters import MASTER, Masters
 from heatopt.sharding._member_update import MemberStepper
+from heatopt.sharding._node_parameters import NodeParameters
+from heatopt.sharding._parameter_memory import OwnParameters, ParameterMemory
 from heatopt.sharding._sharded import ShardedStates
 from heatopt.sharding._states import States, Wanted, WholeStates, uncast
 from heatopt.sharding._whole_problem import sharded_states
@@ -21,6 +23,9 @@ __all__ = [
     "MasterStates",
     "Masters",
     "MemberStepper",
+    "NodeParameters",
+    "OwnParameters",
+    "ParameterMemory",
     "Part",
     "ShardedStates",
     "States",

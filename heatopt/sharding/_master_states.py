@@ -92,8 +92,7 @@ class MasterStates(States):
                 raise ValueError(f"state {name!r} has shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
         self._states.set(parameter, name, value)
         if name == MASTER:
-            with torch.no_grad():
-                parameter.copy_(value)
+            self._states.write(parameter, value)
 
     def gather(self, root: int | None = None) -> None:
         self._states.gather(root)

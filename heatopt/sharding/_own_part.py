@@ -100,6 +100,13 @@ class OwnPart(torch.optim.LBFGS):
                 self._views.share(self._comm)
             self._changed = False
 
+    def _begin(self) -> None:
+        """This rank is about to change its part."""
+        if not self._changed:
+            assert self._views is not None
+            self._views.begin()
+            self._changed = True
+
     # What torch's step calls
 
     def _gather_flat_grad(self) -> SplitVector:
@@ -108,18 +115,18 @@ class OwnPart(torch.optim.LBFGS):
         return SplitVector(torch.cat([empty, *parts]), self._comm)
 
     def _add_grad(self, step_size: Any, update: SplitVector) -> None:
+        self._begin()
         parts = torch.split(update.part, [target.numel() for target in self._targets])
         for target, part in zip(self._targets, parts, strict=True):
             target.add_(part, alpha=step_size)
-        self._changed = True
 
     def _clone_param(self) -> list[torch.Tensor]:
         return [target.clone() for target in self._targets]
 
     def _set_param(self, params_data: list[torch.Tensor]) -> None:
+        self._begin()
         for target, data in zip(self._targets, params_data, strict=True):
             target.copy_(data)
-        self._changed = True
 
 
 def _as_reals(piece: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from heatopt._log import logger
-from heatopt.comm import BucketMemory, Communicator
+from heatopt.comm import Communicator
 from heatopt.errors import RankFailedError, RankMismatchError
 from heatopt.sharding._declaration import NUMBERS, Manner, keeps_state, manner_of
 from heatopt.sharding._division import shard_specs
@@ -31,6 +31,7 @@ from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._layout import Layout
 from heatopt.sharding._masters import Masters
 from heatopt.sharding._member_update import MemberUpdate
+from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._partition import plan_shards
 from heatopt.sharding._states import States, Wanted, as_state, copied, replace_entry
 from heatopt.sharding._views import Views
@@ -46,6 +47,7 @@ class ShardedStates(States):
 
     Args:
         optimizer: the wrapped one.
+        memory: where its parameters live.
         channel: returns the communicator.
         meet: the same, once all ranks are in a call that needs the states of all of them.
         layout: that of an optimizer of which this one is a copy.
@@ -57,6 +59,7 @@ class ShardedStates(States):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        memory: ParameterMemory,
         channel: Callable[[], Communicator],
         meet: Callable[[], Communicator],
         layout: Layout | None = None,
@@ -67,6 +70,7 @@ class ShardedStates(States):
         super().__init__(optimizer)
         self._shards = shards or GradientShards()
         self._hold_whole = hold_whole
+        self._memory = memory
         self._channel = channel
         self._meet = meet
         self._manner = manner_of(optimizer)
@@ -77,7 +81,6 @@ class ShardedStates(States):
         self._hooked_step = HookedStep(optimizer, self._step)
         self._layout = layout
         self._owned = Ownership({}, frozenset()) if layout is None else layout.ownership()
-        self._memories: list[BucketMemory] = []
         self._views: Views | None = None
         parameters = self._parameters()
         # The order of the states in a state dict:
@@ -98,7 +101,9 @@ class ShardedStates(States):
             if self._keep_whole:
                 self._member_update.update_whole(arguments)
                 return loss
-            views = self._prepare(self._parameters())
+            parameters = self._parameters()
+            self._memory.begin(parameters)
+            views = self._prepare(parameters)
             error = None
             try:
                 self._update_members(views, arguments)
@@ -157,12 +162,8 @@ class ShardedStates(States):
         if self._layout is None:
             self._divide(parameters, whole)
         assert self._layout is not None
-        comm = self._channel()
-        if not self._memories:
-            self._memories = [comm.allocate(b.row, b.dtype, b.device) for b in self._layout.blocks]
-            self._views = None
         if self._views is None or not self._views.are_current(parameters):
-            self._views = Views(self._layout.blocks, self._memories, comm.rank, parameters)
+            self._views = self._memory.views(self._layout.blocks, parameters, self._views)
         return self._views
 
     @property
@@ -216,7 +217,6 @@ class ShardedStates(States):
 
     def _forget_layout(self) -> None:
         self._layout = self._views = None
-        self._memories = []
         self._owned = Ownership({}, frozenset())
 
     def _ask_who_is_whole(self) -> list[int | None]:
@@ -321,6 +321,9 @@ class ShardedStates(States):
             cut_state(entry, parameter.shape, piece)
         replace_entry(state[parameter], name, entry[name])
 
+    def write(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        self._memory.write(self._parameters(), parameter, value)
+
     @contextmanager
     def kept_whole(self) -> Iterator[None]:
         if self._keep_whole:
@@ -330,10 +333,12 @@ class ShardedStates(States):
         self._change_gradients(whole=True)
         self._keep_whole = True
         try:
-            yield
+            with self._memory.apart():  # ranks make updates of all of it, and not all ranks do
+                yield
         finally:
             self._keep_whole = False
         self._change_gradients(whole=False)
+        self._memory.hold(self._parameters(), equal=True)
 
     def _change_gradients(self, whole: bool) -> None:
         if self._hold_whole is not None:

@@ -74,6 +74,11 @@ class States(ABC):
             ValueError: not the optimizer's parameter, or of another shape than the entry.
         """
 
+    def write(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Overwrite a parameter of the optimizer with ``value``, which is equal on all ranks. Do so on all ranks."""
+        with torch.no_grad():
+            parameter.copy_(value)
+
     @abstractmethod
     def gather(self, root: int | None = None) -> None:
         """Let each rank hold the whole states until the next update; at least ``root``, if its are about to be sent."""

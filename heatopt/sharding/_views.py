@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from heatopt.buckets import covers_its_memory, find_overlaps, gradient_dtype
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.sharding._partition import Block, Piece
 
-__all__ = ["Member", "Views", "whole_members"]
+__all__ = ["Member", "OwnViews", "Views", "whole_members"]
 
 
 class Member:
@@ -96,27 +97,55 @@ class _Traffic:
         )
 
 
-class Views:
-    """All pieces of ``parameters``, by the blocks that they travel in.
+class Views(ABC):
+    """This rank's pieces of parameters, and how the others see what has become of them.
 
     Args:
-        blocks: the partition.
-        memories: where rows of each block meet.
-        rank: this one.
         parameters: by index.
 
     Raises:
         ValueError: parameters share memory.
     """
 
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        _refuse_shared_memory(parameters)
+        self._places = _places(parameters)
+        self.members: dict[int, Member] = {}
+
+    def are_current(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """False if a parameter's elements are not where they were."""
+        return _places(parameters) == self._places
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Before an update: see what has become of parameters that have no flat view."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Before another update within a step: return once this rank may write. Collective if others read here."""
+
+    @abstractmethod
+    def share(self, comm: Communicator) -> None:
+        """After an update: give all ranks all pieces. Collective."""
+
+
+class OwnViews(Views):
+    """All pieces of ``parameters``, which each rank has in memory of its own, by the blocks that they travel in.
+
+    Args:
+        blocks: the partition.
+        memories: where rows of each block meet.
+        rank: this one.
+        parameters: by index.
+    """
+
     def __init__(
         self, blocks: Sequence[Block], memories: Sequence[BucketMemory], rank: int, parameters: Sequence[torch.Tensor]
     ) -> None:
-        _refuse_shared_memory(parameters)
-        self._places = _places(parameters)
+        super().__init__(parameters)
+        self.memories = memories
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._traffic = []
-        self.members: dict[int, Member] = {}
         for block, memory in zip(blocks, memories, strict=True):
             indices = dict.fromkeys(piece.index for piece in block.pieces)
             make = self._flat if block.cut else torch.Tensor.detach
@@ -135,17 +164,14 @@ class Views:
         self._copies.append((parameter.detach(), flat))
         return flat
 
-    def are_current(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """False if a parameter's elements are not where they were."""
-        return _places(parameters) == self._places
-
     def refresh(self) -> None:
-        """Before an update: see what has become of parameters that have no flat view."""
         for parameter, flat in self._copies:
             flat.view(parameter.shape).copy_(parameter)
 
+    def begin(self) -> None:
+        pass
+
     def share(self, comm: Communicator) -> None:
-        """After an update: give all ranks all pieces. Collective."""
         for number, traffic in enumerate(self._traffic):
             traffic.write()
             comm.share_memory(traffic.memory, traffic.take, f"sharing of updated parameters, block {number}")

@@ -19,6 +19,7 @@ import torch
 from heatopt.comm import Communicator
 from heatopt.sharding._masters import Masters
 from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, spans
+from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._sharded import ShardedStates
 from heatopt.sharding._states import Wanted, copied, replace_entry
 from heatopt.sharding._views import Views
@@ -32,6 +33,7 @@ _GATHERING = "gathering of a sharded LBFGS history"
 
 def sharded_states(
     optimizer: torch.optim.Optimizer,
+    memory: ParameterMemory,
     channel: Callable[[], Communicator],
     meet: Callable[[], Communicator],
     layout: Any = None,
@@ -41,7 +43,7 @@ def sharded_states(
 ) -> ShardedStates:
     """The sharded states of any ``optimizer``; the arguments are those of :class:`ShardedStates`."""
     kind = WholeProblemStates if isinstance(optimizer, torch.optim.LBFGS) else ShardedStates
-    return kind(optimizer, channel, meet, layout, shards, hold_whole, masters)
+    return kind(optimizer, memory, channel, meet, layout, shards, hold_whole, masters)
 
 
 class WholeProblemStates(ShardedStates):
@@ -76,6 +78,7 @@ class WholeProblemStates(ShardedStates):
         loss = closure()
         with torch.no_grad():
             if not own.is_ready:  # not before: within an evaluation the ranks compare what each of them has loaded
+                self._memory.begin(parameters)  # the ranks have evaluated: nobody reads
                 views = self._prepare(parameters)
                 own.take(views, self._channel(), self._optimizer.state.get(parameters[0], {}))
             own.refresh()

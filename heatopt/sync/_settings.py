@@ -35,7 +35,8 @@ class SyncSettings:
     """Update many parameters as one: the results' last bits may depend on it."""
     shard: str = "none"
     """What each rank keeps only a part of."""
-
+    parameters_per_node: str = "own"
+    """Whether each rank has parameters of its own, or those of a node have them in common: "own" or "shared"."""
     master_dtype: torch.dtype | None = None
     """Of the wider copies that updates of narrow parameters change; None: there are none."""
 
@@ -54,5 +55,6 @@ class SyncSettings:
             ("reproducible", repr(self.reproducible)),
             ("fuse", repr(self.fuse)),
             ("shard", repr(self.shard)),
+            ("parameters_per_node", repr(self.parameters_per_node)),
             ("master_dtype", repr(self.master_dtype)),
         )

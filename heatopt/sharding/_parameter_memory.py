@@ -1,0 +1,90 @@
+"""Whose memory the parameters of an optimizer live in, and the case that each rank has its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from heatopt.comm import Communicator
+from heatopt.sharding._partition import Block
+from heatopt.sharding._views import OwnViews, Views
+
+__all__ = ["OwnParameters", "ParameterMemory"]
+
+
+class ParameterMemory(ABC):
+    """What an update needs of the memory of its parameters.
+
+    Args:
+        channel: returns the communicator.
+    """
+
+    is_shared = False
+    """True if the ranks of a node have the parameters in common."""
+
+    def __init__(self, channel: Callable[[], Communicator]) -> None:
+        self._channel = channel
+
+    @abstractmethod
+    def hold(
+        self, parameters: Sequence[torch.Tensor], others: Iterable[torch.Tensor] = (), *, equal: bool = False
+    ) -> None:
+        """Take the ``parameters``, all of the optimizer's, into the memory where they belong. Collective.
+
+        Args:
+            parameters: in their order.
+            others: tensors that stay where they are, which a parameter must not share memory with.
+            equal: they are equal on all ranks; otherwise those that move get rank 0's values.
+        """
+
+    @abstractmethod
+    def apart(self) -> AbstractContextManager[None]:
+        """Context in which each rank has memory of its own for them; :meth:`hold` ends that state."""
+
+    @abstractmethod
+    def begin(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Return once this rank may write its pieces. Collective."""
+
+    @abstractmethod
+    def write(self, parameters: Sequence[torch.Tensor], parameter: torch.Tensor, value: torch.Tensor) -> None:
+        """Overwrite one of the ``parameters`` with ``value``, which is equal on all ranks. Collective if shared."""
+
+    @abstractmethod
+    def views(self, blocks: Sequence[Block], parameters: Sequence[torch.Tensor], former: Views | None) -> Views:
+        """The pieces of ``parameters``. Collective if they travel.
+
+        Args:
+            blocks: the partition.
+            parameters: by index.
+            former: views by the same partition that do not fit any more.
+        """
+
+
+class OwnParameters(ParameterMemory):
+    """Each rank has all parameters in memory of its own, where the user may do what he likes; pieces travel."""
+
+    def hold(
+        self, parameters: Sequence[torch.Tensor], others: Iterable[torch.Tensor] = (), *, equal: bool = False
+    ) -> None:
+        pass
+
+    def apart(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def begin(self, parameters: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def write(self, parameters: Sequence[torch.Tensor], parameter: torch.Tensor, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(value)
+
+    def views(self, blocks: Sequence[Block], parameters: Sequence[torch.Tensor], former: Views | None) -> Views:
+        comm = self._channel()
+        if isinstance(former, OwnViews):
+            memories = former.memories
+        else:
+            memories = [comm.allocate(block.row, block.dtype, block.device) for block in blocks]
+        return OwnViews(blocks, memories, comm.rank, parameters)
