@@ -70,6 +70,8 @@ class _Place:
     parameter: weakref.ref[torch.Tensor]
     pointer: int
     strides: tuple[int, ...]
+    block: SharedBlock
+    """Keeps the memory, so that nothing else can come to lie at this address."""
 
 
 class NodeParameters(ParameterMemory):
@@ -185,7 +187,7 @@ class NodeParameters(ParameterMemory):
         comm.exchange_words(np.zeros(1, dtype=np.int64), _MOVING)  # the values are there
         for place, parameter in zip(places, parameters, strict=True):
             parameter.data = place
-            self._places[id(parameter)] = _Place(weakref.ref(parameter), place.data_ptr(), place.stride())
+            self._places[id(parameter)] = _Place(weakref.ref(parameter), place.data_ptr(), place.stride(), block)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -280,11 +282,13 @@ class NodeParameters(ParameterMemory):
             self._channel().exchange_words(np.ones(1, dtype=np.int64), _FINISHING)
 
     def write(self, parameters: Sequence[torch.Tensor], parameter: torch.Tensor, value: torch.Tensor) -> None:
-        self.begin(parameters)
-        if self._channel().node_rank == 0:
+        if self._depth == 0:
+            self.begin(parameters)
+        if self._depth > 0 or self._channel().node_rank == 0:
             with torch.no_grad():
                 parameter.copy_(value)
-        self.finish(parameters)
+        if self._depth == 0:
+            self.finish(parameters)
 
     def views(self, blocks: Sequence[Block], parameters: Sequence[torch.Tensor], former: Views | None) -> Views:
         comm = self._channel()

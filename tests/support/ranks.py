@@ -40,10 +40,11 @@ class Ranks:
         """Number of ranks."""
         return self._session().ranks.size if self._threads is None else self._threads
 
-    def __call__(self, body: Callable[[Communicator], T], *, min_size: int = 1) -> list[T]:
+    def __call__(self, body: Callable[[Communicator], T], *, min_size: int = 1, shared_memory: bool = False) -> list[T]:
         """Run ``body(comm)`` on all ranks and return what it returned, by rank.
 
         What a rank raises is raised here, on every rank. Skips the test where there are fewer than ``min_size`` ranks.
+        Processes share the memory of their node; threads do so if ``shared_memory`` says so.
         """
         __tracebackhide__ = True  # pytest shows the test and its body
         if self.size < min_size:
@@ -52,7 +53,7 @@ class Ranks:
             return self._run_on_processes(body)
         from heatopt.comm import ThreadWorld
 
-        return ThreadWorld(self._threads, timeout=_THREAD_TIMEOUT).run(body)
+        return ThreadWorld(self._threads, timeout=_THREAD_TIMEOUT, shared_memory=shared_memory).run(body)
 
     def _run_on_processes(self, body: Callable[[Communicator], T]) -> list[T]:
         __tracebackhide__ = True
