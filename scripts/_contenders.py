@@ -56,9 +56,9 @@ def _plain(comm: Communicator, workload: Workload, model: nn.Module) -> Contende
     return Contender(model, model, workload.make_optimizer(list(model.parameters())))
 
 
-def _heatopt(comm: Communicator, workload: Workload, model: nn.Module, shard: str = "none") -> Contender:
+def _heatopt(comm: Communicator, workload: Workload, model: nn.Module, **options: Any) -> Contender:
     inner = workload.make_optimizer(list(model.parameters()))
-    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model, shard=shard))
+    return Contender(model, model, heatopt.DataParallelOptimizer(inner, model=model, **options))
 
 
 def _ddp(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
@@ -121,6 +121,7 @@ CONTENDERS: dict[str, Callable[[Communicator, Workload, nn.Module], Contender]] 
     "heatopt": _heatopt,
     'heatopt shard="state"': partial(_heatopt, shard="state"),
     'heatopt shard="gradients"': partial(_heatopt, shard="gradients"),
+    'heatopt shard="state", shared parameters': partial(_heatopt, shard="state", parameters_per_node="shared"),
     DDP: _ddp,
     "DDP + ZeroRedundancy": _zero_redundancy,
     "FSDP2 gloo": _fsdp,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Memory of a rank while it trains, with each kind of sharding.
+"""Memory of a rank while it trains, with each kind of sharding, and with parameters that the ranks have in common.
 
     python scripts/bench_memory.py --ranks 2 --json out.json
 
@@ -26,7 +26,8 @@ from torch import nn
 import heatopt
 
 PLAIN = "no synchronisation"
-KINDS = (PLAIN, "none", "state", "gradients")
+SHARED = ", shared parameters"
+KINDS = (PLAIN, "none", "state", "gradients", f"state{SHARED}", f"gradients{SHARED}")
 _STEPS = 3
 
 
@@ -55,7 +56,13 @@ class Stage:
         model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         if self._kind != PLAIN:
-            optimizer = heatopt.DataParallelOptimizer(optimizer, model=model, shard=self._kind, bucket_mb=bucket_mb)
+            optimizer = heatopt.DataParallelOptimizer(
+                optimizer,
+                model=model,
+                shard=self._kind.removesuffix(SHARED),
+                parameters_per_node="shared" if self._kind.endswith(SHARED) else "own",
+                bucket_mb=bucket_mb,
+            )
         for _ in range(_STEPS):
             optimizer.zero_grad()
             model(batch).square().mean().backward()

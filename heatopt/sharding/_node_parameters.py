@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import attrgetter
 from typing import NoReturn
 
 import numpy as np
@@ -60,7 +59,6 @@ _BEGINNING = "the meeting before an update of shared parameters"
 _FINISHING = "the meeting after an update of shared parameters"
 # Parameters begin at multiples of so many bytes, as torch's own: kernels may round by where a tensor begins.
 _ALIGNMENT = 64
-_VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,7 @@ class NodeParameters(ParameterMemory):
 
     def _first_written(self, parameters: Sequence[torch.Tensor]) -> int:
         """Index of the first that was written into since the last update, and not moved then; -1 if there is none."""
-        if list(map(_VERSION, parameters)) == self._versions:
+        if [parameter._version for parameter in parameters] == self._versions:
             return -1
         versions = zip(parameters, self._versions, strict=False)
         found = (i for i, (p, known) in enumerate(versions) if p._version != known and not self._is_elsewhere(p))
@@ -298,7 +296,7 @@ class NodeParameters(ParameterMemory):
         """This is how an update, or a move, leaves the parameters."""
         self._pointers = list(map(torch.Tensor.data_ptr, parameters))
         self._strides = list(map(torch.Tensor.stride, parameters))
-        self._versions = list(map(_VERSION, parameters))
+        self._versions = [parameter._version for parameter in parameters]
 
     def _name(self, parameters: Sequence[torch.Tensor], index: int) -> str | int:
         return self._names.get(id(parameters[index]), index)

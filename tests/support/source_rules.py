@@ -73,13 +73,13 @@ MAX_PARAMETERS = 12
 # Above this number a function needs a reason here.
 MANY_PARAMETERS = 8
 FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {
-    "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
     "heatopt.checkpoint._save.save": "what users save, by keyword",
-    "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
     "heatopt.optim._local_methods.DiLoCo.__init__": "the numbers of two papers, by keyword",
 }
 # What a method is known by, all by keyword: these may exceed MAX_PARAMETERS too.
 METHODS_WITH_MANY_SETTINGS: dict[str, str] = {
+    "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
+    "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
     "heatopt.optim._daso.DASO.__init__": "the arguments of Heat's DASO",
     "heatopt.optim._local_methods.PeriodicOptimizer.__init__": "the settings of all local methods",
 }
@@ -91,6 +91,7 @@ FOREIGN_SIGNATURES = ("heatopt.compat.", "heatopt.optim._fused_adam.")
 MAX_POSITIONAL = 2
 CONSTRUCTORS_WITH_MORE = {
     "heatopt.comm._communicator.Communicator": "for backends, not for users",
+    "heatopt.comm._shared_memory.SharedBlock": "made by NodeMemory alone",
     "heatopt.comm._threads.ThreadCommunicator": "made by ThreadWorld alone",
     "heatopt.comm._torch.TorchCommunicator": "(store, rank, size), as torch's own process groups take them",
     "heatopt.comm._work.Work": "made by collectives alone",
