@@ -86,6 +86,24 @@ def test_sudden_death(fault: str, size: int, kind: Kind, named: str) -> None:
     assert_ended(launch("train.py", fault, 1, size=size, kind=kind), named)
 
 
+@pytest.mark.parametrize(
+    ("fault", "size", "kind", "named"),
+    [
+        ("kill-update", 3, "mpi", r"rank 1\b|,1\]"),
+        ("os-exit-0-update", 2, "torch", "rank 0 lost contact in the meeting before an update of shared parameters"),
+        ("sleep-update", 2, "mpi", "CollectiveTimeoutError.*the meeting before an update of shared parameters"),
+    ],
+    ids=["kill", "exit-torchrun", "stall"],
+)
+def test_a_rank_that_others_wait_for_before_they_write_shared_parameters(
+    fault: str, size: int, kind: Kind, named: str
+) -> None:
+    """Where it is between the header of ``step()`` and the update. Nothing of the memory stays behind."""
+    options = '{"shard": "state", "parameters_per_node": "shared"}'
+    assert_ended(launch("train.py", fault, 1, 4, options, size=size, kind=kind), named)
+    assert [path.name for path in Path("/dev/shm").glob("*heatopt*")] == []
+
+
 def test_abort() -> None:
     job = launch("train.py", "abort", 1)
     assert_ended(job, "heatopt: the disk is full")

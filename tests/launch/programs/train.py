@@ -1,6 +1,8 @@
 """Trains a small model; at the third step one rank does something else.
 
-    train.py [FAULT RANK [TIMEOUT]]
+    train.py [FAULT RANK [TIMEOUT [OPTIONS]]]
+
+OPTIONS of the optimizer are written as JSON.
 
 Each rank that comes to its end says so on stdout. Before the fault the rank writes ``fault`` on stderr.
 """
@@ -8,6 +10,7 @@ Each rank that comes to its end says so on stdout. Before the fault the rank wri
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import sys
@@ -50,6 +53,9 @@ FAULTS: dict[str, tuple[str, Callable[[], object]]] = {
     "os-exit-7": ("after", lambda: os._exit(7)),
     "os-exit-0": ("after", lambda: os._exit(0)),
     "kill": ("before", kill),
+    "kill-update": ("update", kill),
+    "os-exit-0-update": ("update", lambda: os._exit(0)),
+    "sleep-update": ("update", lambda: time.sleep(100)),
     "sleep-before": ("before", lambda: time.sleep(100)),
     "sleep-after": ("after", lambda: time.sleep(100)),
     "allreduce": ("after", mean_of_loss),
@@ -76,6 +82,7 @@ def main() -> None:
             action()
 
     timeout = float(sys.argv[3]) if len(sys.argv) > 3 else None
+    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
     torch.manual_seed(comm.rank)
     model = torch.nn.Sequential()
     model.add_module("encoder", torch.nn.Linear(6, 5))
@@ -84,8 +91,9 @@ def main() -> None:
         announce()
         return
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer = heatopt.DataParallelOptimizer(inner, model=model, timeout=timeout)
-    backwards = itertools.count()
+    backwards, updates = itertools.count(), itertools.count()
+    inner.register_step_pre_hook(lambda *_: strike(next(updates), "update"))
+    optimizer = heatopt.DataParallelOptimizer(inner, model=model, timeout=timeout, **options)
     model.decoder.register_full_backward_hook(lambda *_: strike(next(backwards), "hook"))
     for step in range(STRANGE_STEP if fault == "fewer-steps" else STEPS):
         optimizer.zero_grad()
