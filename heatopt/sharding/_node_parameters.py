@@ -13,8 +13,7 @@ Two meetings keep readers and writers apart:
   step.
 
 Between the two no rank runs a user's code. A step of LBFGS has several such pairs: each evaluation of the closure lies
-between the end of one and the beginning of the next. A rank that does not come is waited for as everywhere else; one
-that fails in between says so in ``finish``.
+between the end of one and the beginning of the next. A rank that does not come is waited for as everywhere else.
 
 The first meeting compares, too, what users have done since the last update:
 
@@ -44,7 +43,7 @@ import torch
 
 from heatopt.buckets import find_overlaps
 from heatopt.comm import Communicator, SharedBlock
-from heatopt.errors import HeatoptError, RankFailedError, RankMismatchError
+from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sharding._node_views import NodeViews
 from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._partition import Block
@@ -258,26 +257,14 @@ class NodeParameters(ParameterMemory):
         Args:
             parameters: all of the optimizer's.
             parts: with several nodes: what each rank has written, by block and rank.
-
-        Raises:
-            RankFailedError: a rank has failed meanwhile.
         """
         comm = self._channel()
-        failed = comm.exchange_words(np.zeros(1, dtype=np.int64), _FINISHING)[:, 0]
-        if failed.any():
-            raise RankFailedError(
-                f"rank {failed.argmax()} failed while it updated its pieces of the parameters, which are now of two "
-                "steps; its own message says why"
-            )
+        comm.exchange_words(np.zeros(1, dtype=np.int64), _FINISHING)
         for number, block in enumerate(parts):
             comm.spread_to_nodes(block, f"sharing of updated parameters, block {number}")
         # What others have written, autograd must know too: a graph that has saved the former values is void.
         torch.autograd.graph.increment_version(parameters)
         self._note(parameters)
-
-    def fail(self, error: Exception) -> None:
-        if not isinstance(error, HeatoptError):  # those are raised on all ranks, or there is nobody to tell
-            self._channel().exchange_words(np.ones(1, dtype=np.int64), _FINISHING)
 
     def write(self, parameters: Sequence[torch.Tensor], parameter: torch.Tensor, value: torch.Tensor) -> None:
         if self._depth == 0:

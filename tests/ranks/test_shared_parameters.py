@@ -664,7 +664,7 @@ def test_a_rank_that_fails_in_its_update(ranks: Ranks) -> None:
         )
         set_gradients(net)
         kind = MemoryError if comm.rank == last else heatopt.errors.RankFailedError
-        with pytest.raises(kind, match="no room" if comm.rank == last else f"rank {last} failed"):
+        with pytest.raises(kind, match="no room" if comm.rank == last else f"rank {last} has failed"):
             optimizer.step()
 
     ranks(body, min_size=2, shared_memory=True)
