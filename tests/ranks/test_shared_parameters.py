@@ -52,13 +52,6 @@ def assert_same(comm: Communicator, results: list[Any]) -> None:
         parity.assert_same_bits(found, results[0], "the run with shared parameters")
 
 
-def run_on_a_few(ranks: Ranks, body: Callable[[Communicator], None]) -> None:
-    """Where ranks are threads, on three of them alone: what matters is the number of owners, not of ranks."""
-    if not LAUNCH.launched and ranks.size != 3:
-        pytest.skip("runs on three threads")
-    ranks(body, shared_memory=True)
-
-
 def are_shared(comm: Communicator, parameters: Any) -> bool:
     """Whether all ranks of each node, and no others, see what the first of them writes past the version counters."""
     parameters = [p for p in parameters if p.numel()]
@@ -94,7 +87,7 @@ def test_each_algorithm(ranks: Ranks, case: Case) -> None:
         for shard in SHARDS[:1] if case.name == "LBFGS" else SHARDS:
             assert_same(comm, run_case(comm, case, shard=shard))
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 @one_process
@@ -159,7 +152,7 @@ def test_sparse_gradients(ranks: Ranks, shard: str) -> None:
             results.append(parity.snapshot(table, optimizer))
         assert_same(comm, results)
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 @each_shard
@@ -178,7 +171,7 @@ def test_masters(ranks: Ranks, shard: str) -> None:
             results.append(parity.snapshot(net, optimizer))
         assert_same(comm, results)
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adafactor], ids=lambda kind: kind.__name__)
@@ -206,7 +199,7 @@ def test_strides_are_kept(ranks: Ranks, shard: str, kind: type[torch.optim.Optim
             results.append([p.detach().clone() for p in owned])
         assert_same(comm, results)
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 # With all that surrounds a step
@@ -310,7 +303,7 @@ def test_around_a_step(ranks: Ranks, run: Run) -> None:
                     assert are_shared(comm, optimizer._parameters())
             assert_same(comm, results)
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -338,7 +331,7 @@ def test_copies_share_anew(ranks: Ranks, how: str) -> None:
                 assert are_shared(comm, net.parameters())
         assert_same(comm, results)
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 @pytest.mark.parametrize(("saved_with", "loaded_with"), [("own", "shared"), ("shared", "own"), ("shared", "shared")])
@@ -360,7 +353,7 @@ def test_checkpoints(ranks: Ranks, tmp_path: Path, saved_with: str, loaded_with:
         train(loaded, other.losses(comm.size, comm.rank))
         assert_same(comm, [parity.snapshot(net, optimizer), parity.snapshot(other, loaded)])
 
-    run_on_a_few(ranks, body)
+    ranks(body, min_size=2, shared_memory=True)
 
 
 # Memory
