@@ -54,6 +54,7 @@ from heatopt.optim import (
     reduce_metric,
     sync_buffers,
 )
+from heatopt.sync import Compression, Threshold, TopK
 
 __all__ = [
     "ASGD",
@@ -70,6 +71,7 @@ __all__ = [
     "CheckpointError",
     "CollectiveTimeoutError",
     "Communicator",
+    "Compression",
     "DataParallelOptimizer",
     "DetectMetricPlateau",
     "DiLoCo",
@@ -88,6 +90,8 @@ __all__ = [
     "Rprop",
     "SlowMo",
     "SparseAdam",
+    "Threshold",
+    "TopK",
     "__version__",
     "broadcast_optimizer_state",
     "broadcast_parameters",

@@ -248,6 +248,28 @@ class Bucket(GradientBucket):
         """Multiply the gradients that have been packed; 0 makes zeros of all values."""
         scale_in_place(self.memory[: self.plan.flags_offset], factor)
 
+    @property
+    def present(self) -> list[bool]:
+        """Which gradients :meth:`pack` has found."""
+        return self._present
+
+    def flat_values(self) -> list[torch.Tensor]:
+        """What has been packed of each parameter, in the order of its indices; views where the memory has that."""
+        return [view.reshape(-1) for view in self._views]
+
+    def put(self, values: torch.Tensor, present: Sequence[bool]) -> None:
+        """Fill the memory with the result of a reduction.
+
+        Args:
+            values: those of each parameter from its slot's offset on, in the order of its indices.
+            present: whether any rank had a gradient.
+        """
+        self.memory[: self.plan.flags_offset] = values
+        for slot, view in zip(self.plan.slots, self._views, strict=True):
+            if not view.is_contiguous():
+                view.copy_(values[slot.offset : slot.offset + slot.numel].view(view.shape))
+        self._flags.copy_(torch.tensor(present))
+
     def reveal(self, weight: float = 0.0) -> None:
         """Make the memory's content the gradients: a view where any rank had a gradient, else ``None``.
 

@@ -22,7 +22,7 @@ from heatopt.checkpoint._restore import restore_model, restore_optimizer
 from heatopt.checkpoint._writing import finish_pending
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError
-from heatopt.sharding import Wanted
+from heatopt.sharding import RESIDUALS, Wanted
 
 __all__ = ["load"]
 
@@ -140,15 +140,28 @@ def _read(
         for rank in range(comm.rank, manifest.ranks, comm.size):
             reader.of_rank(rank).read("random")  # nobody needs it, but damage is to be noticed
     if wanted is None:
-        return {name: reader.read(name) for name in (*given, "extra", "random")}
-    contents = {name: reader.read(name) for name in (*given, "extra", "random") if name != "optimizer"}
-    contents["optimizer"], contents[_ORDER] = reader.read_optimizer(wanted)
+        contents = {name: reader.read(name) for name in (*given, "extra", "random")}
+    else:
+        contents = {name: reader.read(name) for name in (*given, "extra", "random") if name != "optimizer"}
+        contents["optimizer"], contents[_ORDER] = reader.read_optimizer(wanted)
+    if not same and RESIDUALS in contents.get("optimizer", {}):
+        contents["optimizer"][RESIDUALS] = _mean_residuals(reader, manifest.ranks)
     return contents
+
+
+def _mean_residuals(reader: Reader, ranks: int) -> dict[str, torch.Tensor]:
+    """Their mean over the ranks that saved: with it on every rank, the averages lack what they lacked."""
+    mean: dict[str, torch.Tensor] = reader.of_rank(0).read_entry("optimizer", RESIDUALS)
+    for rank in range(1, ranks):
+        for name, residual in reader.of_rank(rank).read_entry("optimizer", RESIDUALS).items():
+            mean[name] += residual
+    return {name: total / ranks for name, total in mean.items()}
 
 
 def _check_differences(directory: str, manifest: Manifest, comm: Communicator, given: Mapping[str, Any]) -> None:
     """At another number of ranks all take what rank 0 has saved, where ranks have saved different things."""
-    own = sorted({name.partition(":")[2].partition("/")[0] for name in manifest.tensors if name.startswith("rank")})
+    names = [name.partition(":")[2] for name in manifest.tensors if name.startswith("rank")]
+    own = sorted({name.partition("/")[0] for name in names if not name.startswith(f"optimizer/{RESIDUALS}/")})
     different = {name for name in (*manifest.rank_sections[0], *own) if name in (*given, "extra")}
     if "sampler" in different:
         raise CheckpointError(

@@ -67,6 +67,14 @@ class Reader:
 
         return self._decode(section, tensor)
 
+    def read_entry(self, section: str, key: str) -> Any:
+        """One entry of a part that is a dict, with its tensors.
+
+        Raises:
+            CheckpointError: a file is missing, truncated or damaged.
+        """
+        return self._malformed(section, lambda content: decode(dict(items_of(content))[key], self._tensor))
+
     def read_optimizer(self, wanted: Wanted) -> tuple[dict[str, Any], list[int]]:
         """The optimizer's state dict with no more than is ``wanted`` of its states.
 

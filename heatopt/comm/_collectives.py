@@ -22,6 +22,7 @@ __all__ = [
     "REDUCIBLE",
     "broadcast_flat",
     "gather_flat",
+    "gather_messages",
     "reduce_flat",
     "reduce_scatter_parts",
     "reduce_scatter_rows",
@@ -178,6 +179,28 @@ def gather_flat(comm: Transport, flat: torch.Tensor, blocking: bool) -> Steps[to
     if wire.numel():
         yield comm._all_gather(wire, gathered, 0, blocking)
     return gathered.to(flat.device)
+
+
+def gather_messages(comm: Transport, message: torch.Tensor, equal: bool, blocking: bool) -> Steps[list[torch.Tensor]]:
+    """Return the bytes (contiguous uint8) of every rank, in rank order.
+
+    If they are not ``equal`` in length, the lengths travel first, and the bytes padded to the longest.
+    """
+    lengths = [message.numel()] * comm.size
+    if not equal:
+        own = comm._to_wire(torch.tensor(lengths[:1], device=message.device))
+        gathered = own.new_empty((comm.size, 1))
+        yield comm._all_gather(own, gathered, 0, blocking)
+        lengths = gathered.view(-1).tolist()
+    padded = message
+    if max(lengths) > message.numel():
+        padded = message.new_zeros(max(lengths))
+        padded[: message.numel()] = message
+    wire = comm._to_wire(padded)
+    rows = wire.new_empty((comm.size, wire.numel()))
+    if wire.numel():
+        yield comm._all_gather(wire, rows, 0 if equal else 1, blocking)
+    return [row[:length] for row, length in zip(rows.to(message.device).unbind(0), lengths, strict=True)]
 
 
 def broadcast_flat(comm: Transport, flat: torch.Tensor, root: int, blocking: bool) -> Steps[None]:

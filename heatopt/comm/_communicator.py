@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 
 from heatopt.comm._background import HostWork, StreamWork
-from heatopt.comm._collectives import broadcast_flat, gather_flat, reduce_flat, reduce_scatter_rows
+from heatopt.comm._collectives import broadcast_flat, gather_flat, gather_messages, reduce_flat, reduce_scatter_rows
 from heatopt.comm._group import RankGroup, Words
 from heatopt.comm._node_reduction import BucketMemory, Parts, ReduceOptions, Take
 from heatopt.comm._reducer import BucketReducer
@@ -285,6 +285,20 @@ class Communicator(RankGroup):
     def gather_rows(self, flat: torch.Tensor, what: str) -> torch.Tensor:
         """Return the contiguous ``flat``, of equal length everywhere, of every rank as ranks x elements."""
         return self._run(gather_flat(self, flat, True), what)
+
+    def gather_messages(self, message: torch.Tensor, equal: bool, what: str) -> list[torch.Tensor]:
+        """Return the bytes of every rank, in rank order.
+
+        Args:
+            message: one-dimensional, contiguous, of uint8.
+            equal: all ranks' are of equal length, so that one exchange does.
+            what: names the call in messages.
+        """
+        return self._run(gather_messages(self, message, equal, True), what)
+
+    def gather_messages_async(self, message: torch.Tensor, equal: bool, what: str) -> Work[list[torch.Tensor]]:
+        """Launch :meth:`gather_messages`."""
+        return self._launch(gather_messages(self, message, equal, False), what)
 
     def broadcast_bytes(self, flat: torch.Tensor, root: int, what: str) -> None:
         """Overwrite the contiguous ``flat`` with that of ``root``."""

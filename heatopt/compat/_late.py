@@ -23,6 +23,7 @@ from heatopt.optim import DataParallelOptimizer
 __all__ = ["LateOptimizer", "leaves_of"]
 
 T = TypeVar("T")
+Wrap = Callable[..., torch.optim.Optimizer]
 
 _OPTIONS = set(inspect.signature(DataParallelOptimizer.__init__).parameters) - {"self", "torch_optimizer"}
 
@@ -78,13 +79,16 @@ class LateOptimizer:
         self._make = make
         self._schedules = schedules
         self._options = dict(options)
+        self._wrap: Wrap = DataParallelOptimizer
         self._expected: torch.nn.Module | None = None
-        self._wrapped: DataParallelOptimizer | None = None
+        self._wrapped: Any = None
         self._scheduler: ParamScheduler | None = None
 
     @property
-    def wrapped(self) -> DataParallelOptimizer:
-        """The data-parallel optimizer: for clipping, checkpoints and whatever else it can do.
+    def wrapped(self) -> Any:
+        """The :class:`DataParallelOptimizer`, or what :meth:`use` has put in its place.
+
+        For clipping, checkpoints and whatever else it can do.
 
         Raises:
             RuntimeError: the parameters are not known yet.
@@ -118,6 +122,10 @@ class LateOptimizer:
             )
         self._options.update(given)
 
+    def use(self, wrap: Wrap) -> None:
+        """Let ``wrap``, given the torch optimizer and the options, make what :class:`DataParallelOptimizer` makes."""
+        self._wrap = wrap
+
     def expect(self, model: torch.nn.Module) -> None:
         """At the first loss, take the parameters from this module."""
         self._expected = model
@@ -130,7 +138,7 @@ class LateOptimizer:
         """
         if self._wrapped is not None:
             raise ValueError("this optimizer has its parameters already; make another one for others")
-        self._wrapped = DataParallelOptimizer(self._make(list(parameters)), **{**options, **self._options})
+        self._wrapped = self._wrap(self._make(list(parameters)), **{**options, **self._options})
         self._scheduler = ParamScheduler(self._wrapped, **self._schedules)
 
     def update(

@@ -10,7 +10,8 @@ An optimizer is data-parallel by itself; :class:`DistOpt` is there for its other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from heatopt.comm import Communicator, world
 from heatopt.compat._late import LateOptimizer
 from heatopt.compat._rms_prop import RootedRMSprop
 from heatopt.lr_scheduler import Constant, ExponentialDecay, Schedule
-from heatopt.optim import broadcast_parameters
+from heatopt.optim import LocalSGD, broadcast_parameters
+from heatopt.sync import Threshold, TopK
 
 __all__ = ["SGD", "AdaGrad", "Adam", "Constant", "DistOpt", "ExponentialDecay", "Model", "RMSProp"]
 
@@ -166,10 +168,10 @@ class Adam(_Optimizer):
 
 
 class DistOpt:
-    """SINGA's distributed modes of an optimizer, of which the first call chooses one for good.
+    """SINGA's distributed modes of an optimizer, of which the first call chooses one, with its arguments, for good.
 
-    There are the plain and the half-precision mode; those with partial updates and with sparse gradients are not there.
-    Where SINGA is given an id and the numbers of ranks, the launcher knows here.
+    Plain, half precision, partial update and sparse. Where SINGA is given an id and the numbers of ranks, the launcher
+    knows here.
 
     Args:
         opt: an optimizer of this module that has no parameters yet; default ``SGD()``.
@@ -189,7 +191,7 @@ class DistOpt:
         self.opt = opt
         self._comm = world() if comm is None else comm
         opt.add_options(comm=self._comm)
-        self._mode: dict[str, Any] | None = None
+        self._mode: str | None = None
 
     @property
     def world_size(self) -> int:
@@ -224,7 +226,7 @@ class DistOpt:
         Raises:
             ValueError: another mode or threshold than at first.
         """
-        self._choose(threshold, None)
+        self._choose("backward_and_update", threshold)
         return self.opt.update(loss)
 
     def backward_and_update_half(
@@ -246,23 +248,99 @@ class DistOpt:
         Raises:
             ValueError: another mode or threshold than at first.
         """
-        self._choose(threshold, torch.float16)
+        self._choose("backward_and_update_half", threshold, wire_dtype=torch.float16)
         return self.opt.update(loss, clip=clip_Value if clipping else None)
+
+    def backward_and_partial_update(self, loss: torch.Tensor, threshold: int = 2097152) -> torch.Tensor:
+        """Update by this rank's own gradients, then average one part of the parameters over ranks. Collective.
+
+        The parts take turns, so that each is averaged once in as many steps as there are parts:
+        :class:`heatopt.LocalSGD` with ``sync_every`` and ``fragments`` equal to their number. Ranks differ meanwhile;
+        at the end of training call ``opt.wrapped.synchronize()``.
+
+        Args:
+            loss: of this rank.
+            threshold: decides the number of parts: one for each parameter of more elements, and one for as many of the
+                others, in the order of backward, as together have more. The parts are of about equal size.
+
+        Returns:
+            The loss, without its graph.
+
+        Raises:
+            ValueError: another mode or threshold than at first.
+            TypeError: the optimizer has an option that local updates do not take.
+        """
+        if self._choose("backward_and_partial_update", threshold, bucket=False):
+            self.opt.use(partial(_average_in_turn, threshold=threshold))
+        return self.opt.update(loss)
+
+    def backward_and_sparse_update(
+        self,
+        loss: torch.Tensor,
+        threshold: int | None = None,
+        spars: float = 0.05,
+        topK: bool = False,
+        corr: bool = True,
+    ) -> torch.Tensor:
+        """Update by averages of the elements of the gradients that matter. Collective.
+
+        They are chosen for each parameter, where SINGA chooses among all that travel together.
+
+        Args:
+            loss: of this rank.
+            threshold: see :meth:`backward_and_update`.
+            spars: with ``topK`` the share of the elements that are sent, :class:`heatopt.TopK`; otherwise those of at
+                least this absolute value, :class:`heatopt.Threshold`.
+            topK: which of the two.
+            corr: add what is not sent to the next gradient; otherwise it is lost.
+
+        Returns:
+            The loss, without its graph.
+
+        Raises:
+            ValueError: another mode or other arguments than at first, or ``spars`` is out of its range.
+        """
+        compression = TopK(spars, error_feedback=corr) if topK else Threshold(spars, error_feedback=corr)
+        self._choose("backward_and_sparse_update", threshold, compression=compression)
+        return self.opt.update(loss)
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Update the parameters of this module, which become rank 0's on all ranks. Collective."""
         broadcast_parameters(model, comm=self._comm)
         self.opt.expect(model)
 
-    def _choose(self, threshold: int | None, wire_dtype: torch.dtype | None) -> None:
-        """Fix the mode at the first call, and see to it that it stays."""
-        mode = {"threshold": threshold, "wire_dtype": wire_dtype}
-        if self._mode is None:
-            bucket_mb = None if threshold is None else threshold * 4 / 2**20
-            self.opt.add_options(bucket_mb=bucket_mb, wire_dtype=wire_dtype)
-            self._mode = mode
-        elif self._mode != mode:
+    def _choose(self, method: str, threshold: int | None, *, bucket: bool = True, **options: Any) -> bool:
+        """Fix the mode at the first call, and see to it that it stays; True at that call."""
+        arguments = {"threshold": threshold, **options}
+        mode = f"{method}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+        if self._mode == mode:
+            return False
+        if self._mode is not None:
             raise ValueError(f"this DistOpt has been used with {self._mode}, and now with {mode}; make another one")
+        bucket_mb = threshold * 4 / 2**20 if bucket and threshold is not None else None
+        self.opt.add_options(bucket_mb=bucket_mb, **options)
+        self._mode = mode
+        return True
+
+
+def _average_in_turn(optimizer: torch.optim.Optimizer, *, threshold: int, **options: Any) -> torch.optim.Optimizer:
+    """The optimizer of partial updates; see :meth:`DistOpt.backward_and_partial_update`."""
+    sizes = [parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
+    parts = _count_parts(sizes, threshold)
+    return LocalSGD(optimizer, sync_every=parts, fragments=parts, **options)
+
+
+def _count_parts(sizes: Sequence[int], threshold: int) -> int:
+    """How many parts SINGA cuts parameters of these numbers of elements into."""
+    count, gathered = 0, 0
+    for size in reversed(sizes):
+        if size > threshold:
+            count += 1
+            continue
+        gathered += size
+        if gathered > threshold:
+            count, gathered = count + 1, 0
+    return max(count + (gathered > 0), 1)
 
 
 class Model(torch.nn.Module):

@@ -12,7 +12,7 @@ import torch
 from heatopt.comm import Communicator, check_timeout
 from heatopt.optim._flat import check_elementwise
 from heatopt.sharding import check_shardable, check_takes_masters
-from heatopt.sync import SyncSettings
+from heatopt.sync import Compression, SyncSettings
 
 __all__ = ["check_arguments", "listed_once", "parameter_names", "route_around_fused_sgd"]
 
@@ -35,6 +35,7 @@ def check_arguments(
     fuse: object = False,
     parameters_per_node: object = "own",
     master_dtype: object = None,
+    compression: object = None,
 ) -> SyncSettings:
     """Return the settings.
 
@@ -81,6 +82,7 @@ def check_arguments(
         shard=shard,
         parameters_per_node=_check_parameters_per_node(parameters_per_node, shard),
         master_dtype=_check_master_dtype(master_dtype, optimizer, fuse),
+        compression=_check_compression(compression, optimizer, shard, wire_dtype),
     )
 
 
@@ -121,6 +123,35 @@ def _check_master_dtype(master_dtype: object, optimizer: torch.optim.Optimizer, 
     if fuse:
         raise ValueError("fuse=True and master_dtype cannot be combined yet; choose one of them")
     return master_dtype
+
+
+def _check_compression(
+    compression: object, optimizer: torch.optim.Optimizer, shard: str, wire_dtype: object
+) -> Compression | None:
+    if compression is None:
+        return None
+    if not isinstance(compression, Compression):
+        raise TypeError(
+            "compression must be a heatopt.Compression, such as heatopt.TopK(0.01), or None, got "
+            + (f"the class {compression.__name__}: make an instance of it" if isinstance(compression, type) else "")
+            + ("" if isinstance(compression, type) else repr(compression))
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "compression is not for LBFGS: its line search and history compare gradients at different points, which "
+            "gradients that are sent later cannot be; use compression=None or another algorithm"
+        )
+    if shard == "gradients":
+        raise ValueError(
+            "compression and shard='gradients' cannot be combined: every rank receives the compressed gradients of all "
+            "and sums them up whole, so there is no part to keep alone; use shard='state' with compression"
+        )
+    if wire_dtype is not None:
+        raise ValueError(
+            "compression and wire_dtype cannot be combined: both say what travels of a gradient; choose one of them, "
+            "or round the values in a heatopt.Compression of your own"
+        )
+    return compression
 
 
 def _check_bucket_mb(bucket_mb: object) -> float | None:

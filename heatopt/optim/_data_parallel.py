@@ -20,6 +20,7 @@ from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
 from heatopt.sync import (
     Call,
+    Compression,
     SyncSettings,
     broadcast_state,
     broadcast_tensors,
@@ -82,6 +83,9 @@ class DataParallelOptimizer(WritableParameters):
             of this dtype, ``"master_weight"`` among their states, with moments of this dtype, and set to the copy
             rounded. A write to a parameter goes to its copy, too. State dicts have the copies in ``"master_weights"``,
             which plain torch optimizers ignore. Not with ``fuse``, nor for LBFGS.
+        compression: :class:`heatopt.TopK`, :class:`heatopt.Threshold` or another :class:`heatopt.Compression`: of each
+            dense gradient a rank sends a part, as indices and values, and adds the rest to its next one. For slow
+            networks. Not with ``wire_dtype`` or ``shard="gradients"``, nor for LBFGS; nothing in one process.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -111,6 +115,7 @@ class DataParallelOptimizer(WritableParameters):
         shard: str = "none",
         parameters_per_node: str = "own",
         master_dtype: torch.dtype | None = None,
+        compression: Compression | None = None,
     ) -> None:
         settings = check_arguments(
             torch_optimizer,
@@ -126,6 +131,7 @@ class DataParallelOptimizer(WritableParameters):
             shard=shard,
             parameters_per_node=parameters_per_node,
             master_dtype=master_dtype,
+            compression=compression,
         )
         if isinstance(torch_optimizer, DataParallelOptimizer):
             raise ValueError("torch_optimizer is a DataParallelOptimizer already; use it as it is")
@@ -150,7 +156,7 @@ class DataParallelOptimizer(WritableParameters):
         self._names = names
         self._settings = settings
         route_around_fused_sgd(torch_optimizer, torch_optimizer.param_groups)
-        self._gradients, self._shards, self._states, self._stepper, self._memory = assemble(
+        self._gradients, self._shards, self._residuals, self._states, self._stepper, self._memory = assemble(
             torch_optimizer, comm, names, settings, layout
         )
         claim(self._parameters(), self)
@@ -303,6 +309,11 @@ class DataParallelOptimizer(WritableParameters):
     def give_up_gradients(self) -> None:
         """The gradients are not to be used: what backward delivers next starts a new sum. For GradScaler."""
         self._shards.consume()
+        self._residuals.roll_back()
+
+    def rescale_residuals(self, factor: float) -> None:
+        """The loss comes multiplied by ``factor`` from now on. For GradScaler. Local."""
+        self._residuals.rescale(factor)
 
     @outside_graphs
     def add_param_group(self, param_group: dict[str, Any]) -> None:

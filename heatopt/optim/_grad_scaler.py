@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,8 +20,12 @@ class GradScaler(torch.amp.GradScaler):
     ``unscale_`` and ``step`` first make every gradient an average, also those set by hand and on ranks that called no
     backward; then an overflow that any rank finds counts on all, so all scales stay equal. With another optimizer it is
     torch's scaler. With a local-update method this holds among ranks that average gradients; the others go on, and the
-    skipped step is counted, so that averages stay in step. Arguments as there.
+    skipped step is counted, so that averages stay in step. Compressed gradients that are sent later follow the scale.
+    Arguments as there.
     """
+
+    _compressing: tuple[weakref.ref[DataParallelOptimizer], ...] = ()
+    """Optimizers whose residuals are in the unit of the scale."""
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         self._start()
@@ -32,7 +37,16 @@ class GradScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         self._start()
+        optimizers = [optimizer for found in self._compressing if (optimizer := found()) is not None]
+        before = self.get_scale() if optimizers else 1.0
         super().update(new_scale)
+        if optimizers and (factor := self.get_scale() / before) != 1.0:
+            for optimizer in optimizers:
+                optimizer.rescale_residuals(factor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy meets its own optimizers.
+        return {name: value for name, value in super().__getstate__().items() if name != "_compressing"}
 
     def _start(self) -> None:
         """Make the scale, which torch does at the first loss: this rank may have scaled none yet, unlike others."""
@@ -50,6 +64,8 @@ class GradScaler(torch.amp.GradScaler):
             optimizer = optimizer.stepper
         if not isinstance(optimizer, DataParallelOptimizer):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        if optimizer._settings.compression is not None and all(known() is not optimizer for known in self._compressing):
+            self._compressing += (weakref.ref(optimizer),)
         optimizer.unscale_agreed(0.0)  # gradients must be final before they are scaled
         holders: Any = SimpleNamespace(param_groups=[{"params": optimizer.gradient_holders()}])
         # torch refuses float16 gradients, taking the parameters for what is updated; with masters that is not so.

@@ -165,6 +165,8 @@ class LocalSGD(PeriodicOptimizer):
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
         sync_every: H, updates between two averages.
+        fragments: parts of the model that are averaged in turn, each once per period and at even distances; at most one
+            for each parameter and update of a period.
         warmup_steps: updates with exactly averaged gradients before the first period.
         delay: updates between sending and merging, at most ``sync_every``; 0: wait for the average.
         outer: makes an optimizer of the parameters that all ranks share, which gets the negative mean of what the ranks
@@ -189,6 +191,7 @@ class LocalSGD(PeriodicOptimizer):
         torch_optimizer: torch.optim.Optimizer,
         *,
         sync_every: int = 8,
+        fragments: int = 1,
         warmup_steps: int = 0,
         delay: int = 0,
         outer: OuterFactory | None = None,
@@ -201,6 +204,7 @@ class LocalSGD(PeriodicOptimizer):
             outer=outer,
             warmup_steps=warmup_steps,
             delay=delay,
+            fragments=fragments,
             mix="delta",
             nested=nested,
             **common,
@@ -272,7 +276,7 @@ class DiLoCo(PeriodicOptimizer):
         outer_lr: :math:`\nu`.
         outer_momentum: :math:`\mu`, 0 <= mu < 1; Nesterov's where it is not 0.
         outer: another outer optimizer, as there; then ``outer_lr`` and ``outer_momentum`` have no meaning.
-        fragments: parts of the model that are sent in turn, at most one for each parameter and update of a period.
+        fragments: as there.
         delay: as there.
         mix: :math:`\alpha`, the share of the local parameters in a delayed merge; or "delta", which keeps all that was
             done since the sending.

@@ -16,12 +16,13 @@ from heatopt.sharding import (
     NodeParameters,
     OwnParameters,
     ParameterMemory,
+    ResidualStates,
     ShardedStates,
     States,
     WholeStates,
     sharded_states,
 )
-from heatopt.sync import Gradients, GradientShards, GradientSync, LocalGradients, SyncSettings
+from heatopt.sync import Gradients, GradientShards, GradientSync, LocalGradients, Residuals, SyncSettings
 
 __all__ = ["Parts", "assemble"]
 
@@ -32,6 +33,8 @@ class Parts(NamedTuple):
     gradients: Gradients
     shards: GradientShards
     """What this rank keeps of the gradients; nothing where they are not sharded."""
+    residuals: Residuals
+    """What this rank has not sent of the gradients; nothing where they are not compressed."""
     states: States
     stepper: Any
     """Its ``step`` makes the update."""
@@ -58,24 +61,34 @@ def assemble(
     Raises:
         HeatoptError: what a copy has brought belongs to another rank.
     """
+    unsent = None
+    if settings.compression is not None and layout is not None:
+        layout, unsent = layout
     ShardedStates.check_layout(layout, comm)
     masters = Masters(settings.master_dtype) if settings.master_dtype is not None else None
     if comm.size == 1:
         gradients = LocalGradients(lambda: optimizer.param_groups)
         memory: ParameterMemory = OwnParameters(lambda: comm)
-        return Parts(gradients, GradientShards(), *_unsharded(optimizer, settings, masters), memory)
+        return Parts(gradients, GradientShards(), Residuals(comm), *_unsharded(optimizer, settings, masters), memory)
     divides = settings.shard == "gradients"
     shards = GradientShards(GradientDivision(optimizer)) if divides else GradientShards()
+    residuals = Residuals(comm, unsent)
     # The callback must not hold the wrapper, which is to die with its last user.
-    sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards)
+    sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards, residuals)
     if settings.shard == "none":
-        return Parts(sync, shards, *_unsharded(optimizer, settings, masters), OwnParameters(sync.channel))
-    # With one rank on each node each has its own in any case.
-    shares = settings.parameters_per_node == "shared" and comm.size > comm.num_nodes
-    memory = NodeParameters(sync.channel, names) if shares else OwnParameters(sync.channel)
-    hold_whole = sync.hold_whole if divides else None
-    states = sharded_states(optimizer, memory, sync.channel, sync.meet_for_states, layout, shards, hold_whole, masters)
-    return Parts(sync, shards, _with_masters(optimizer, states, masters), states, memory)
+        memory = OwnParameters(sync.channel)
+        states, stepper = _unsharded(optimizer, settings, masters)
+    else:
+        # With one rank on each node each has its own in any case.
+        shares = settings.parameters_per_node == "shared" and comm.size > comm.num_nodes
+        memory = NodeParameters(sync.channel, names) if shares else OwnParameters(sync.channel)
+        hold_whole = sync.hold_whole if divides else None
+        meet = sync.meet_for_states
+        stepper = sharded_states(optimizer, memory, sync.channel, meet, layout, shards, hold_whole, masters)
+        states = _with_masters(optimizer, stepper, masters)
+    if settings.compression is not None:
+        states = ResidualStates(optimizer, states, residuals, sync.compressed)
+    return Parts(sync, shards, residuals, states, stepper, memory)
 
 
 def _unsharded(optimizer: torch.optim.Optimizer, settings: SyncSettings, masters: Masters | None) -> tuple[States, Any]:

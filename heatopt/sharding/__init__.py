@@ -11,6 +11,7 @@ from heatopt.sharding._masters import MASTER, Masters
 from heatopt.sharding._member_update import MemberStepper
 from heatopt.sharding._node_parameters import NodeParameters
 from heatopt.sharding._parameter_memory import OwnParameters, ParameterMemory
+from heatopt.sharding._residual_states import RESIDUALS, ResidualStates
 from heatopt.sharding._sharded import ShardedStates
 from heatopt.sharding._states import States, Wanted, WholeStates, uncast
 from heatopt.sharding._whole_problem import sharded_states
@@ -18,6 +19,7 @@ from heatopt.sharding._whole_problem import sharded_states
 __all__ = [
     "MASTER",
     "MASTERS",
+    "RESIDUALS",
     "GradientDivision",
     "HookedStep",
     "MasterStates",
@@ -27,6 +29,7 @@ __all__ = [
     "OwnParameters",
     "ParameterMemory",
     "Part",
+    "ResidualStates",
     "ShardedStates",
     "States",
     "Wanted",

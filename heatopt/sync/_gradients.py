@@ -19,6 +19,7 @@ from heatopt.sync._graphs import outside_graphs
 from heatopt.sync._hooks import GradientHooks
 from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
+from heatopt.sync._residuals import Residuals
 from heatopt.sync._round import Round
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._shards import GradientShards
@@ -52,6 +53,7 @@ class GradientSync(Gradients):
         names: name of parameters by ``id``, for messages.
         settings: what the user chose.
         shards: what this rank keeps of the gradients, where they are sharded.
+        residuals: what it has not sent of them, where they are compressed.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class GradientSync(Gradients):
         names: dict[int, str],
         settings: SyncSettings,
         shards: GradientShards,
+        residuals: Residuals,
     ) -> None:
         self.number = -1
         self.plan_digest = 0
@@ -69,7 +72,7 @@ class GradientSync(Gradients):
         self._comm = comm
         self._groups = groups
         self._settings = settings
-        self._plan = GradientPlan(groups, names, settings, shards)
+        self._plan = GradientPlan(groups, names, settings, shards, residuals)
         self._coordinator: Coordinator | None = None
         self._state = _State.DETACHED
         self._no_sync_depth = 0
@@ -95,6 +98,9 @@ class GradientSync(Gradients):
 
     def pending_mask(self) -> int:
         return self._plan.pending_mask()
+
+    def compressed(self) -> dict[str, tuple[int, torch.Tensor]]:
+        return self._plan.compressed()
 
     @property
     def _contributes(self) -> bool:
@@ -198,8 +204,7 @@ class GradientSync(Gradients):
     @outside_graphs
     def clear(self, set_to_none: bool) -> None:
         self._notice_interruption()
-        self._plan.shards.clear(set_to_none)
-        self.weights.clear()
+        self._plan.clear(set_to_none)
 
     @contextmanager
     def weight(self, samples: float) -> Iterator[None]:

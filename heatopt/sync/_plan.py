@@ -21,6 +21,7 @@ from heatopt.sync._fingerprint import (
     options_hash,
     printable_options,
 )
+from heatopt.sync._residuals import Residuals
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._shards import GradientShards
 from heatopt.sync._tuning import DEFAULT
@@ -37,6 +38,7 @@ class GradientPlan:
         names: name of parameters by ``id``, for messages; others are called by their group and position.
         settings: what the user chose.
         shards: what this rank keeps of the gradients, where they are sharded.
+        residuals: what it has not sent of them, where they are compressed.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class GradientPlan:
         names: dict[int, str],
         settings: SyncSettings,
         shards: GradientShards,
+        residuals: Residuals,
     ) -> None:
         self._groups = groups
         self._names = names
         self._settings = settings
         self.shards = shards
+        self.residuals = residuals
         self.weights = SampleWeights(groups)
         """How much the gradients count."""
         self.parameters: list[torch.Tensor] = []
@@ -103,6 +107,15 @@ class GradientPlan:
     def trainable(self) -> list[int]:
         """Indices of the parameters that require a gradient now."""
         return [index for index, parameter in enumerate(self.parameters) if parameter.requires_grad]
+
+    def compressed(self) -> dict[str, tuple[int, torch.Tensor]]:
+        """Number and tensor, by name, of the parameters that may have a residual; equal on all ranks."""
+        sparse = {*self.sparse, *self._settings.sparse}
+        return {
+            name: (index, parameter)
+            for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True))
+            if index in self.residuals or (parameter.requires_grad and index not in sparse)
+        }
 
     def fingerprint(self) -> Fingerprint:
         """What must be equal on all ranks."""
@@ -186,6 +199,7 @@ class GradientPlan:
             "buckets": len(plans),
             "bucket_bytes": sum(plan.numel * plan.dtype.itemsize for plan in plans),
             **({} if self.shards.whole else self.shards.report()),
+            **({} if self._settings.compression is None else {"sent_bytes": self.residuals.sent_bytes}),
         }
 
     def replan(self, channel: Communicator) -> int:
@@ -209,6 +223,11 @@ class GradientPlan:
     def weight(self, samples: float) -> Iterator[None]:
         """The context of a micro-batch of so many samples; see [Note: Weights]."""
         self.forget_cleared_weights()
+        if self.residuals.are_open and self.weights.in_use:
+            raise HeatoptError(
+                "weight() after compressed gradients with weights have been sent, before an update: what was not sent "
+                "of them has the weights of then; put all micro-batches but the last into `with optimizer.no_sync():`"
+            )
         with self.weights.context(samples) as scaled:
             if scaled:  # and on other ranks perhaps not
                 self.mark_all_changed()
@@ -236,9 +255,16 @@ class GradientPlan:
         """Ask for new memory if somebody keeps gradients of an earlier step: O(parameters)."""
         return REPLAN if any(bucket.is_aliased() for bucket in self.buckets) else 0
 
+    def clear(self, set_to_none: bool) -> None:
+        """The parameters' gradients are about to be cleared. Local."""
+        self.shards.clear(set_to_none)
+        self.residuals.roll_back()
+        self.weights.clear()
+
     def consume(self) -> None:
         """An update has used the gradients."""
         self.shards.consume()
+        self.residuals.commit()
         self.weights.reset()
         for bucket in self.buckets:
             bucket.consume()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from heatopt.buckets import ScatteredBucket
-from heatopt.comm import Communicator, Work
+from heatopt.buckets import Bucket, GradientBucket, ScatteredBucket
+from heatopt.comm import Communicator, ReduceOptions, Work
+from heatopt.sync._compressed import CompressedReduction
 from heatopt.sync._coordinator import SPARSE, bucket_bit
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
@@ -42,7 +43,7 @@ class Round:
         self.mean = mean
         self._share = mean.shares[channel.rank]
         self._contributes = contributes
-        self._works: dict[int, Work[None]] = {}  # by bucket number, in the order of the launches
+        self._works: dict[int, Work[None] | CompressedReduction] = {}  # by bucket number, in the order of the launches
         plan.shards.begin_round()
 
     def launch(self, number: int) -> None:
@@ -98,14 +99,27 @@ class Round:
         options = self._settings.reduction(blocking, self.mean.divisor)
         what = f"the reduction for {self._settings.algorithm} of {self._plan.descriptions[number]}"
         memory = self._plan.memories[number]
+        work: Work[None] | CompressedReduction | None
         if isinstance(bucket, ScatteredBucket):
             work = self._channel.scatter_bucket(memory, bucket.rows.bounds, options, what)
+        elif self._settings.compression is not None:
+            work = self._launch_compressed(bucket, options, memory.shared, what)
         else:
             work = self._channel.reduce_bucket(memory, options, what)
         if work is None:
             self._reveal(number)
         else:
             self._works[number] = work
+
+    def _launch_compressed(
+        self, bucket: GradientBucket, options: ReduceOptions, shared: bool, what: str
+    ) -> CompressedReduction | None:
+        assert isinstance(bucket, Bucket)
+        assert self._settings.compression is not None
+        reduction = CompressedReduction(
+            bucket, self._settings.compression, self._plan.residuals, self._channel, self._contributes
+        )
+        return None if reduction.launch(options, shared, what) else reduction
 
     def _make_room(self, number: int) -> None:
         """Wait for the bucket whose memory this one is to use; all ranks have launched it before."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from heatopt.comm import ReduceOptions
+from heatopt.sync._compression import Compression
 
 __all__ = ["SyncSettings"]
 
@@ -39,6 +40,8 @@ class SyncSettings:
     """Whether each rank has parameters of its own, or those of a node have them in common: "own" or "shared"."""
     master_dtype: torch.dtype | None = None
     """Of the wider copies that updates of narrow parameters change; None: there are none."""
+    compression: Compression | None = None
+    """Which elements of gradients travel; None: all."""
 
     def reduction(self, blocking: bool, divisor: float) -> ReduceOptions:
         """How a bucket is reduced."""
@@ -57,4 +60,5 @@ class SyncSettings:
             ("shard", repr(self.shard)),
             ("parameters_per_node", repr(self.parameters_per_node)),
             ("master_dtype", repr(self.master_dtype)),
+            ("compression", repr(self.compression)),
         )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from heatopt.compat import singa
+from tests.ranks._compression import Reference, at_least, largest
 from tests.ranks._training import (
     TINY,
     Batch,
@@ -224,6 +225,61 @@ def test_half_precision(ranks: Ranks) -> None:
     ranks(body)
 
 
+PARAMETERS = 6
+
+
+@pytest.mark.parametrize(("threshold", "parts"), [(0, PARAMETERS), (30, 2), (10_000, 1)])
+def test_partial_update(ranks: Ranks, threshold: int, parts: int) -> None:
+    """Each rank updates by its own gradients; then the parts are averaged in turn, one after each step."""
+    turns = {6: [[0], [1], [2], [3], [4], [5]], 2: [[0, 1], [2, 3, 4, 5]], 1: [list(range(PARAMETERS))]}[parts]
+
+    def body(comm: Communicator) -> None:
+        model = Net(comm.rank, "backward_and_partial_update", threshold=threshold)
+        model.set_optimizer(singa.DistOpt(singa.SGD(lr=0.05), comm=comm))
+        replicas = [net() for _ in range(comm.size)]
+        for step in range(2 * parts + 1):
+            model(*batch(step, comm.rank))
+            for rank, replica in enumerate(replicas):
+                for p, g in zip(
+                    replica.parameters(),
+                    torch.autograd.grad(loss_of(replica, batch(step, rank)), list(replica.parameters())),
+                    strict=True,
+                ):
+                    p.data.sub_(0.05 * g)
+            for together in zip(*(replica.parameters() for replica in replicas), strict=True):
+                number = [p is together[0] for p in replicas[0].parameters()].index(True)
+                if number in turns[step % parts]:
+                    mean = sum(p.detach() for p in together) / comm.size
+                    for p in together:
+                        p.data.copy_(mean)
+            assert_close(model, replicas[comm.rank])
+        model.optimizer.opt.wrapped.synchronize()
+        assert_ranks_equal(comm, model)
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("corr", [True, False])
+@pytest.mark.parametrize(("topK", "spars"), [(True, 0.2), (False, 0.02)])
+def test_sparse_update(ranks: Ranks, topK: bool, spars: float, corr: bool) -> None:
+    def body(comm: Communicator) -> None:
+        model = Net(comm.rank, "backward_and_sparse_update", spars=spars, topK=topK, corr=corr)
+        model.set_optimizer(singa.DistOpt(singa.SGD(lr=0.05, momentum=0.9), comm=comm))
+        expected = net()
+        optimizer = torch.optim.SGD(expected.parameters(), lr=0.05, momentum=0.9)
+        for step in range(STEPS):
+            model(*batch(step, comm.rank))
+        reference = Reference(largest(spars) if topK else at_least(spars), feedback=corr)
+        if comm.size > 1:
+            reference.train(expected, optimizer, comm.size, range(STEPS))
+        else:
+            follow(sgd_update, expected, 1, 0.0, lambda n: 0.05)
+        assert_close(model, expected)
+        assert_ranks_equal(comm, model)
+
+    ranks(body)
+
+
 def test_threshold_is_the_size_of_a_bucket(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         results: list[Batch] = []
@@ -237,8 +293,10 @@ def test_threshold_is_the_size_of_a_bucket(ranks: Ranks) -> None:
             if comm.size > 1:
                 assert dist.opt.wrapped.report()["bucket_mb"] == threshold * 4 / 2**20
         assert_equal(*results)
-        with pytest.raises(ValueError, match="make another one"):
-            dist.backward_and_update_half(loss_of(model.net, batch(3, comm.rank)))
+        loss = loss_of(model.net, batch(3, comm.rank))
+        for other in (dist.backward_and_update_half, dist.backward_and_partial_update, dist.backward_and_sparse_update):
+            with pytest.raises(ValueError, match="make another one"):
+                other(loss)
 
     ranks(body)
 
@@ -285,6 +343,7 @@ def test_ranks_of_dist_opt(ranks: Ranks) -> None:
         (lambda: singa.RMSProp(epsilon=-1.0), ValueError, "epsilon must be >= 0"),
         (lambda: singa.Adam(topK=True), TypeError, "unexpected keyword argument 'topK'"),
         (lambda: singa.DistOpt(torch.optim.SGD([torch.ones(1)])), TypeError, "opt must be an optimizer of"),
+        (lambda: singa.DistOpt().backward_and_sparse_update(None, spars=2, topK=True), ValueError, "ratio must be"),
         (lambda: singa.DistOpt(nccl_id=1), TypeError, "unexpected keyword argument 'nccl_id'"),
         (lambda: Net(0).set_optimizer("sgd"), TypeError, "optimizer must be one of heatopt.compat.singa"),
         (lambda: singa.Model()(1), NotImplementedError, "Model must define train_one_batch"),

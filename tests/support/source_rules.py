@@ -79,8 +79,8 @@ FUNCTIONS_WITH_MANY_PARAMETERS: dict[str, str] = {
 # What a method is known by, all by keyword: these may exceed MAX_PARAMETERS too.
 METHODS_WITH_MANY_SETTINGS: dict[str, str] = {
     "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
-    "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
     "heatopt.optim._daso.DASO.__init__": "the arguments of Heat's DASO",
+    "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
     "heatopt.optim._local_methods.PeriodicOptimizer.__init__": "the settings of all local methods",
 }
 

@@ -97,7 +97,7 @@ def test_examples_run(
         ("docs/index.md", 7),
         ("docs/coming_from.md", 3),
         ("docs/sharp_bits.md", 5),
-        ("docs/coming_from_others.md", 3),
+        ("docs/coming_from_others.md", 4),
     ],
 )
 def test_examples_are_found(page: str, least: int) -> None:
@@ -154,8 +154,12 @@ def test_quick_start_prints_the_same_on_two_ranks(
     assert result.stdout.splitlines() == losses
 
 
-@pytest.mark.parametrize("system", ["hetu", "singa", "npu"])
-def test_scripts_of_other_systems_print_the_same_on_four_ranks(system: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("system", "tolerance"),
+    # What is sent later is not the same at each step, but comes to the same.
+    [("hetu", 1e-4), ("singa", 1e-4), ("singa_sparse", 0.1), ("npu", 1e-4)],
+)
+def test_scripts_of_other_systems_print_the_same_on_four_ranks(system: str, tolerance: float, tmp_path: Path) -> None:
     (block,) = (b for b in blocks_of("docs/coming_from_others.md") if b.title == f"heatopt: {system}.py")
     script = tmp_path / "script_of_the_page.py"  # not by its own name, which is that of a module that it imports from
     script.write_text(block.code)
@@ -179,7 +183,7 @@ def test_scripts_of_other_systems_print_the_same_on_four_ranks(system: str, tmp_
     alone, together = printed
     assert len(alone) >= 6
     assert alone[-1] < alone[0]
-    assert together == pytest.approx(alone, rel=1e-4)
+    assert together == pytest.approx(alone, rel=tolerance)
 
 
 # Links and names
