@@ -192,6 +192,7 @@ def gather_messages(comm: Transport, message: torch.Tensor, equal: bool, blockin
         gathered = own.new_empty((comm.size, 1))
         yield comm._all_gather(own, gathered, 0, blocking)
         lengths = gathered.view(-1).tolist()
+        yield Stage.GATHER
     padded = message
     if max(lengths) > message.numel():
         padded = message.new_zeros(max(lengths))
