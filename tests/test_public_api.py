@@ -64,6 +64,7 @@ COMM_NAMES = {
     "MPICommunicator",
     "NodeGroups",
     "ReduceOptions",
+    "SharedBlock",
     "SingleCommunicator",
     "ThreadCommunicator",
     "ThreadWorld",
