@@ -13,9 +13,11 @@ from heatopt.comm._launch import detect_launch, world
 from heatopt.comm._node_reduction import BucketMemory, ReduceOptions
 from heatopt.comm._settings import check_timeout
 from heatopt.comm._shared_memory import SharedBlock
+from heatopt.comm._simulated import Passage, SimulatedCommunicator, SimulatedWorld
 from heatopt.comm._single import SingleCommunicator
 from heatopt.comm._threads import ThreadCommunicator, ThreadWorld
 from heatopt.comm._topology import Topology
+from heatopt.comm._virtual_network import VirtualNetwork
 from heatopt.comm._work import Handle, Work
 
 if TYPE_CHECKING:
@@ -28,13 +30,17 @@ __all__ = [
     "Handle",
     "MPICommunicator",
     "NodeGroups",
+    "Passage",
     "ReduceOptions",
     "SharedBlock",
+    "SimulatedCommunicator",
+    "SimulatedWorld",
     "SingleCommunicator",
     "ThreadCommunicator",
     "ThreadWorld",
     "Topology",
     "TorchCommunicator",
+    "VirtualNetwork",
     "Work",
     "check_timeout",
     "detect_launch",

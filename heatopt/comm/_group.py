@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,6 +158,14 @@ class RankGroup(Transport):
             f"ranks make different collective calls: rank 0 calls {calls[0]}, rank {other} calls {calls[other]}; "
             "every rank must make the same calls in the same order"
         )
+
+    def node_memory(self, ranks: tuple[int, ...]) -> NodeMemory:
+        """Memory for the ranks of this node, ascending, to share. Nothing is allocated yet."""
+        return NodeMemory(self.exchange_objects, ranks, self.rank, self.lose, self.is_gone)
+
+    def seconds(self) -> float:
+        """A clock whose differences are durations."""
+        return time.perf_counter()
 
     def lose(self, rank: int) -> NoReturn:
         """Raise RankFailedError: ``rank`` has ended, and this one waits for it."""

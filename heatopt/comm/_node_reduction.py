@@ -101,7 +101,7 @@ class NodeReduction:
                 )
                 spread(total, parts)
         yield Stage.FINISH
-        yield self._node.arrive(Lane.FINISH)
+        yield self._node.arrive(Lane.FINISH, memory.own.nbytes)
 
     def scatter_steps(self, memory: BucketMemory, bounds: Sequence[int], options: ReduceOptions) -> Steps[None]:
         """Replace elements ``bounds[r]:bounds[r + 1]`` of rank r's bucket by the mean of all ranks.
@@ -130,7 +130,7 @@ class NodeReduction:
             for segment, place, part in zip(segments[local_rank :: self._owners], own, parts, strict=True):
                 segment[place].copy_(part)
         yield Stage.FINISH
-        yield self._node.arrive(Lane.FINISH)
+        yield self._node.arrive(Lane.FINISH, memory.own.nbytes)
 
     def share_steps(self, memory: BucketMemory, take: Take) -> Steps[None]:
         """Show the neighbours' segments to ``take``; nobody writes into one before all have seen it."""

@@ -12,7 +12,7 @@ from heatopt.comm._collectives import gather_flat, reduce_flat, reduce_scatter_p
 from heatopt.comm._group import MAX_NODE_WORDS, RankGroup
 from heatopt.comm._node_reduction import BucketMemory, NodeReduction, Parts, ReduceOptions, Take
 from heatopt.comm._settings import shared_memory_wanted
-from heatopt.comm._shared_memory import NodeMemory, SharedBlock
+from heatopt.comm._shared_memory import SharedBlock
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Steps
 from heatopt.errors import HeatoptError
@@ -138,7 +138,7 @@ def _open_node(group: RankGroup, make_group: MakeGroup) -> NodeReduction | None:
     wanted = shared_memory_wanted() and group.size > len(nodes)
     if not all(group.exchange_objects(wanted, "set-up of shared memory")):
         return None
-    node = NodeMemory(group.exchange_objects, nodes[group.node_index], group.rank, group.lose, group.is_gone)
+    node = group.node_memory(nodes[group.node_index])
     if not node.open_flags(MAX_NODE_WORDS):
         logger.warning("the ranks of a node cannot share memory here; gradients travel through the backend instead")
         return None

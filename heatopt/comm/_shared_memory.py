@@ -160,8 +160,13 @@ class NodeMemory:
         self._slots = [(s[first : first + words], s[first + words : first + 2 * words]) for s in segments]
         return True
 
-    def arrive(self, lane: Lane) -> Meeting:
-        """Tell the others that this rank has come to the next meeting of ``lane``."""
+    def arrive(self, lane: Lane, reduced: int = 0) -> Request:
+        """Tell the others that this rank has come to the next meeting of ``lane``.
+
+        Args:
+            lane: sequence of meetings.
+            reduced: bytes of each rank that have been reduced since the last meeting; simulations charge for them.
+        """
         self._numbers[lane] += 1
         self._full_fence()
         self._flags[self.local_rank][lane][0] = self._numbers[lane]

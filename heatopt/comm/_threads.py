@@ -16,7 +16,7 @@ from heatopt.comm._topology import Topology
 from heatopt.comm._work import Request
 from heatopt.errors import CollectiveTimeoutError, RankFailedError, RankMismatchError
 
-__all__ = ["Event", "ThreadCommunicator", "ThreadWorld"]
+__all__ = ["Event", "Passed", "ThreadCommunicator", "ThreadWorld"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,15 @@ class _Deposit:
     kind: str
     nbytes: int
     value: Any
+
+
+class Passed(NamedTuple):
+    """What a rank passes to an operation."""
+
+    kind: str
+    nbytes: int
+    detail: tuple[int, ...]
+    """The lengths of the parts, or the root."""
 
 
 class ThreadWorld:
@@ -75,25 +84,21 @@ class ThreadWorld:
         Raises:
             BaseException: what the first failing rank raised; the other ranks are released first.
         """
-        self._deposits.clear()
-        self._takers.clear()
-        self._gone.clear()
         results: list[Any] = [None] * self.size
         failures: list[tuple[int, BaseException]] = []
 
         def body(rank: int) -> None:
-            comm = ThreadCommunicator(self, "world", tuple(range(self.size)), rank, self._topology)
             reason = "has finished"
+            comm = self._enter(rank)
             try:
                 results[rank] = function(comm, *arguments)
                 comm._queue.finish_branches()  # as at the end of a process
             except BaseException as error:
                 failures.append((rank, error))
                 reason = f"failed with {type(error).__name__}: {error}"
-            with self._changed:
-                self._gone[rank] = reason
-                self._changed.notify_all()
+            self._leave(rank, reason)
 
+        self._open()
         threads = [
             threading.Thread(target=body, args=(rank,), name=f"rank{rank}", daemon=True) for rank in range(self.size)
         ]
@@ -105,6 +110,22 @@ class ThreadWorld:
             # The first failure is the cause; what the released ranks raise afterwards follows from it.
             raise failures[0][1]
         return results
+
+    def _open(self) -> None:
+        """A run begins."""
+        self._deposits.clear()
+        self._takers.clear()
+        self._gone.clear()
+
+    def _enter(self, rank: int) -> ThreadCommunicator:
+        """A rank begins, in its thread."""
+        return ThreadCommunicator(self, "world", tuple(range(self.size)), rank, self._topology)
+
+    def _leave(self, rank: int, reason: str) -> None:
+        """A rank has ended."""
+        with self._changed:
+            self._gone[rank] = reason
+            self._changed.notify_all()
 
     def _deposit(self, key: tuple[str, int], rank: int, deposit: _Deposit, event: Event) -> None:
         with self._changed:
@@ -162,7 +183,7 @@ class _ThreadRequest(Request):
         if self._receive is not None:
             comm = self._comm
             # An error leaves it as it is: whoever asks again meets the same error.
-            values = comm._world._collect(self._key, comm._members, comm.timeout, comm._members[comm.rank])
+            values = comm._collect(self._key)
             receive, self._receive = self._receive, None
             receive(values)
 
@@ -185,13 +206,30 @@ class ThreadCommunicator(Communicator):
     def abort(self, message: str, code: int = 1) -> NoReturn:
         raise RankFailedError(message)
 
-    def _start(self, kind: str, channel: str, nbytes: int, value: Any, receive: Callable[[list[Any]], None]) -> Request:
+    def _start(
+        self,
+        kind: str,
+        channel: str,
+        nbytes: int,
+        value: Any,
+        receive: Callable[[list[Any]], None],
+        detail: Sequence[int] = (),
+    ) -> Request:
+        """Begin an operation; ``detail``: the lengths of the parts, or the root."""
         channel = f"{self._name}/{channel}"
         number = self._started.get(channel, 0)
         self._started[channel] = number + 1
         rank = self._members[self.rank]
         self._world._deposit((channel, number), rank, _Deposit(kind, nbytes, value), Event(rank, kind, channel, nbytes))
-        return _ThreadRequest(self, (channel, number), receive)
+        passed = Passed(kind, len(value) if kind == "objects" else nbytes, tuple(detail))
+        return self._request((channel, number), passed, receive)
+
+    def _request(self, key: tuple[str, int], passed: Passed, receive: Callable[[list[Any]], None]) -> Request:
+        """What the rank waits for, once it has deposited its part."""
+        return _ThreadRequest(self, key, receive)
+
+    def _collect(self, key: tuple[str, int]) -> list[Any]:
+        return self._world._collect(key, self._members, self.timeout, self._members[self.rank])
 
     def _all_to_all(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         def take(values: list[torch.Tensor]) -> None:
@@ -208,7 +246,7 @@ class ThreadCommunicator(Communicator):
         def take(values: list[torch.Tensor]) -> None:
             receive.view(self.size, -1).copy_(torch.stack([value.view(-1)[first:end] for value in values]))
 
-        return self._start("all_to_all_parts", "lane0", send.nbytes, send.clone(), take)
+        return self._start("all_to_all_parts", "lane0", send.nbytes, send.clone(), take, lengths)
 
     def _all_gather(self, send: torch.Tensor, receive: torch.Tensor, lane: int, blocking: bool) -> Request:
         def take(values: list[torch.Tensor]) -> None:
@@ -220,7 +258,7 @@ class ThreadCommunicator(Communicator):
         def take(values: list[torch.Tensor]) -> None:
             flat.copy_(values[root])
 
-        return self._start("broadcast", "lane0", flat.nbytes, flat.clone(), take)
+        return self._start("broadcast", "lane0", flat.nbytes, flat.clone(), take, (root,))
 
     def _exchange_words(self, words: Words) -> Words:
         received = words.repeat(self.size).reshape(words.size, self.size).T.copy()

@@ -154,7 +154,7 @@ class GradientSync(Gradients):
         self._plan.forget_cleared_weights()
         options = self._plan.options_hash(self.loads) if call in _WITH_OPTIONS else 0
         tuning = call is Call.STEP and not self._tuner.settled
-        rows = self._meet(call, options, self._tuner.lap() if tuning else payload)
+        rows = self._meet(call, options, self._tuner.lap(self._comm.seconds()) if tuning else payload)
         if tuning:
             self._tune(rows)
         if call is not Call.STATE:

@@ -9,7 +9,6 @@ long as the slowest rank says, and every rank sees what all say, so all ranks ma
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,9 +72,8 @@ class Tuner:
         self.settled = len(self._options) == 1
         """True once all has been tried."""
 
-    def lap(self) -> float:
-        """A step begins: return the seconds since the last one did, 0 for the first."""
-        now = time.perf_counter()
+    def lap(self, now: float) -> float:
+        """A step begins at ``now``: return the seconds since the last one did, 0 for the first."""
         seconds = 0.0 if self._last_step is None else now - self._last_step
         self._last_step = now
         return seconds

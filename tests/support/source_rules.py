@@ -92,6 +92,7 @@ MAX_POSITIONAL = 2
 CONSTRUCTORS_WITH_MORE = {
     "heatopt.comm._communicator.Communicator": "for backends, not for users",
     "heatopt.comm._shared_memory.SharedBlock": "made by NodeMemory alone",
+    "heatopt.comm._simulated.SimulatedCommunicator": "made by SimulatedWorld alone",
     "heatopt.comm._threads.ThreadCommunicator": "made by ThreadWorld alone",
     "heatopt.comm._torch.TorchCommunicator": "(store, rank, size), as torch's own process groups take them",
     "heatopt.comm._work.Work": "made by collectives alone",
