@@ -1,0 +1,298 @@
+#!/usr/bin/env python
+"""Train the digits network and the small GPT with each method, on two nodes with a slow network between them.
+
+    python scripts/compare_methods.py --out docs/algorithms                          root, Linux: network namespaces
+    python scripts/compare_methods.py --simulate --out runs/methods                  anywhere: a simulated network
+
+For each rate of the network all methods train in turn in one job of 2 nodes x 2 ranks, with the same initial weights,
+batches, AdamW and learning rates. Written: compare_methods.json, and for each task a picture of the training loss against
+time and against the bytes that a node has sent.
+
+Losses while training are means over ranks, each with its own parameters. The final loss is that of all the training data
+after all ranks have been made equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from _batches import GlobalBatches
+from _measuring import setting, write_results
+from _methods import EXACT, METHODS, Epochs
+from _pictures import draw_comparison, show_comparison
+from _training import mean_loss
+from torch import nn
+
+import heatopt
+from heatopt.comm import Communicator, Passage, SimulatedCommunicator, SimulatedWorld, VirtualNetwork
+
+NODES, SLOTS = 2, 2
+EPOCHS = Epochs(total=12, warmup=1, cooldown=1)
+WARM_UP = 0.05  # of the updates, while the learning rate grows
+RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "none": 5e9}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained."""
+
+    model: nn.Module
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    batch: int
+    """Samples of all ranks together."""
+    rate: float
+    """Largest learning rate."""
+    seconds: float
+    """What a simulated rank takes for forward, backward and update."""
+
+
+def make_digits(comm: Communicator) -> Problem:
+    """The handwritten digits."""
+    from train_digits import make_task
+
+    task = make_task()
+    return Problem(task.model, task.train_inputs.float(), task.train_targets, batch=16, rate=2e-3, seconds=4e-3)
+
+
+def make_text(comm: Communicator) -> Problem:
+    """Python source, byte by byte."""
+    from train_text import ByteGPT, cut, read_on_rank_0
+
+    inputs, targets = cut(read_on_rank_0(comm, 200_000)[0], 32)
+    return Problem(ByteGPT(32, width=96, heads=4, layers=3), inputs, targets, batch=16, rate=3e-3, seconds=8e-3)
+
+
+PROBLEMS: dict[str, Callable[[Communicator], Problem]] = {"digits": make_digits, "text": make_text}
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """A short rise, then half a cosine down to a tenth."""
+    rise = max(1, round(WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def sent_bytes() -> int:
+    """What this node has sent so far; 0 where it has no such interface."""
+    path = Path("/sys/class/net/eth0/statistics/tx_bytes")
+    return int(path.read_text()) if path.exists() else 0
+
+
+class Run:
+    """One training with one method."""
+
+    def __init__(self, comm: Communicator, problem: Problem, method: str, steps: int, seed: int) -> None:
+        self._comm = comm
+        self._problem = problem
+        self._steps = steps
+        self._batches = GlobalBatches(
+            len(problem.inputs), problem.batch, rank=comm.rank, size=comm.size, seed=seed
+        )
+        self.model = copy.deepcopy(problem.model)
+        inner = torch.optim.AdamW(self.model.parameters(), lr=problem.rate)
+        self._needs_last = METHODS[method].make is METHODS["Heat's DASO"].make
+        self._optimizer = METHODS[method].make(inner, self.model, comm, EPOCHS)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate(step, steps))
+        self._losses: list[float] = []
+        self._times: list[float] = []
+        self._sent: list[int] = []
+
+    def train(self) -> dict[str, Any]:
+        """Train, and return what has been recorded: of each step the loss, seconds and bytes since the start."""
+        length = self._steps // EPOCHS.total
+        epoch, indices = 0, self._batches.epoch(0)
+        self._comm.barrier()
+        begin, before = self._comm.seconds(), sent_bytes()
+        for step in range(length * EPOCHS.total):
+            batch = next(indices, None)
+            if batch is None:
+                epoch += 1
+                indices = self._batches.epoch(epoch)
+                batch = next(indices)
+            last = (step + 1) % length == 0
+            self._step(batch, last)
+            self._times.append(self._comm.seconds() - begin)
+            self._sent.append(sent_bytes() - before)
+            if last and hasattr(self._optimizer, "epoch_loss_logic"):
+                self._optimizer.epoch_loss_logic(fmean(self._losses[-length:]))
+        if hasattr(self._optimizer, "synchronize"):
+            self._optimizer.synchronize()
+        records = self._comm.all_gather_object((self._losses, self._times, self._sent, self._comm.node_rank))
+        final = self._final_loss()
+        return {
+            "losses": [fmean(column) for column in zip(*(r[0] for r in records), strict=True)],
+            "seconds": [max(column) for column in zip(*(r[1] for r in records), strict=True)],
+            "sent": [fmean(column) for column in zip(*(r[2] for r in records if r[3] == 0), strict=True)],
+            "final_loss": final,
+            "steps": length * EPOCHS.total,
+            "parameter_bytes": sum(p.nbytes for p in self.model.parameters()),
+        }
+
+    def _step(self, batch: torch.Tensor, last: bool) -> None:
+        self._optimizer.zero_grad()
+        loss = mean_loss(self.model(self._problem.inputs[batch]), self._problem.targets[batch])
+        loss.backward()
+        if isinstance(self._comm, SimulatedCommunicator):
+            self._comm.compute(self._problem.seconds)
+        if self._needs_last:
+            self._optimizer.step(last)
+        else:
+            self._optimizer.step()
+        self._schedule.step()
+        self._losses.append(loss.item())
+
+    @torch.no_grad()
+    def _final_loss(self) -> float:
+        """Of all training data."""
+        inputs = self._problem.inputs[self._comm.rank :: self._comm.size]
+        targets = self._problem.targets[self._comm.rank :: self._comm.size]
+        total = torch.zeros(2, dtype=torch.float64)
+        for part, target in zip(inputs.split(256), targets.split(256), strict=True):
+            total += torch.tensor([float(mean_loss(self.model(part), target)) * len(part), len(part)])
+        weighted, count = self._comm.allreduce(total, "sum").tolist()
+        return weighted / count
+
+
+def train_all(comm: Communicator, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All runs of one rate; the same list on all ranks."""
+    torch.set_num_threads(1)
+    results = []
+    for task in options.tasks:
+        for seed in options.seeds:
+            torch.manual_seed(seed)
+            problem = PROBLEMS[task](comm)
+            for method in options.methods:
+                begin = comm.seconds()
+                # Each has traffic, groups and plans of its own.
+                result = Run(comm.duplicate(method), problem, method, options.steps, seed).train()
+                results.append({"task": task, "seed": seed, "method": method, "begin": begin, **result})
+    return results
+
+
+def count_simulated(results: list[dict[str, Any]], trace: list[Passage]) -> None:
+    """Fill in the bytes of a simulation, whose nodes have no interface."""
+    ends = [passage.end for passage in trace]
+    sums = [0.0, *accumulate(passage.sent / NODES for passage in trace)]
+    for result in results:
+        start = sums[bisect_right(ends, result["begin"])]
+        result["sent"] = [sums[bisect_right(ends, result["begin"] + t)] - start for t in result["seconds"]]
+
+
+def simulate(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
+    """The runs of one rate in one process."""
+    network = VirtualNetwork(bandwidth=RATES[rate])
+    world = SimulatedWorld(NODES * SLOTS, network, ranks_per_node=SLOTS)
+    results: list[dict[str, Any]] = world.run(train_all, options)[0]
+    count_simulated(results, world.trace)
+    return results
+
+
+def launch(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
+    """The runs of one rate in network namespaces."""
+    script = Path(__file__).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "runs.json")
+        lists = [
+            *("--tasks", *options.tasks, "--methods", *options.methods),
+            *("--seeds", *map(str, options.seeds), "--steps", str(options.steps)),
+        ]
+        nodes = [str(script.with_name("two_nodes.sh")), "-n", str(NODES), "-s", str(SLOTS), "-r", rate, "--"]
+        command = [*nodes, sys.executable, str(script), "--worker", str(out), *lists]
+        if subprocess.run(command, check=False).returncode or not out.exists():
+            raise SystemExit(f"the job with {rate} has failed; see above")
+        found: list[dict[str, Any]] = json.loads(out.read_text())
+        return found
+
+
+def work(options: argparse.Namespace) -> None:
+    """What a rank of :func:`launch` does."""
+    comm = heatopt.world()
+    results = train_all(comm, options)
+    if comm.rank == 0:
+        options.worker.write_text(json.dumps(results))
+    comm.barrier()
+
+
+def refuse_without_namespaces() -> None:
+    """Say what is missing, before anything is started."""
+    missing = [tool for tool in ("ip", "tc", "unshare", "mpirun") if shutil.which(tool) is None]
+    if missing or os.name != "posix" or os.geteuid() != 0:
+        what = f"{', '.join(missing)} not found" if missing else "only root may make network namespaces"
+        raise SystemExit(f"{what}: this needs Linux, root, iproute2 and Open MPI; or give --simulate")
+
+
+def thin(result: dict[str, Any], points: int) -> dict[str, Any]:
+    """Curves with fewer points: the mean of the losses between two of them."""
+    count = len(result["losses"])
+    width = max(1, count // points)
+    ends = range(width - 1, count, width)
+    return {
+        **{key: value for key, value in result.items() if key != "begin"},
+        "losses": [round(fmean(result["losses"][end - width + 1 : end + 1]), 5) for end in ends],
+        "seconds": [round(result["seconds"][end], 4) for end in ends],
+        "sent": [round(result["sent"][end]) for end in ends],
+        "total_seconds": result["seconds"][-1],
+        "total_sent": result["sent"][-1],
+    }
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", nargs="+", choices=list(RATES), default=["100mbit", "1gbit"])
+    parser.add_argument("--tasks", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600, help="updates of each run (default %(default)s)")
+    parser.add_argument("--simulate", action="store_true", help="in the simulator, with the computation times declared")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder (default %(default)s)")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.steps < EPOCHS.total:
+        parser.error(f"--steps must be at least {EPOCHS.total}, got {options.steps}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.worker is not None:
+        work(options)
+        return
+    if not options.simulate:
+        refuse_without_namespaces()
+    results = []
+    for rate in options.rates:
+        begin = time.perf_counter()
+        runs = (simulate if options.simulate else launch)(options, rate)
+        results += [{"rate": rate, **thin(run, 60)} for run in runs]
+        print(f"{rate}: {len(runs)} runs in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
+    described = setting(heatopt.comm.SingleCommunicator())
+    described |= {"ranks": NODES * SLOTS, "nodes": NODES, "simulated": options.simulate, "epochs": asdict(EPOCHS)}
+    write_results(options.out / "compare_methods.json", described, results)
+    show_comparison(results, EXACT)
+    for task in options.tasks:
+        draw_comparison([r for r in results if r["task"] == task], options.out / f"compare_{task}.png", task)
+
+
+if __name__ == "__main__":
+    main()
