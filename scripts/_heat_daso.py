@@ -3,13 +3,12 @@
 After each batch gradients are averaged within the node. Among nodes, in turn one rank of each node:
 
 * warm-up and cool-down: averages the parameters, rounded to bfloat16, and they replace the single-precision ones;
-* in between, after every B-th batch: sends its parameters, and S batches later mixes what has arrived into what it has by
-  then, ``x <- (2 S x + sum of x_i) / (2 S + P)``;
-* after the last batch of an epoch: averages the parameters in single precision,
+* in between, after every B-th batch: sends its parameters, and S batches later mixes what has arrived into what it
+  has by then, ``x <- (2 S x + sum of x_i) / (2 S + P)``; after the last batch of an epoch: averages them as they are,
 
 and passes the result on to its node. B and S begin at 4 and 1; where the loss has stopped improving B is halved and S
-made smaller by one, not below 1, and where B was 1 both start anew from the largest B. Transfers go on in the background
-as heatopt's do. The optimizer's own state stays where it is.
+made smaller by one, not below 1, and where B was 1 both start anew from the largest B. Transfers go on in the
+background as heatopt's do. The optimizer's own state stays where it is.
 """
 
 from __future__ import annotations
@@ -63,6 +62,11 @@ class HeatDaso:
             comm.broadcast(parameter.data)
         self._enter_epoch()
 
+    @property
+    def global_skip(self) -> int:
+        """B; 0: nodes meet after each batch."""
+        return self._skip
+
     def zero_grad(self) -> None:
         """As the optimizer's."""
         self.torch_optimizer.zero_grad()
@@ -73,7 +77,7 @@ class HeatDaso:
         _write(self._within.allreduce(gradients, "mean"), [p.grad for p in self._parameters])
         self.torch_optimizer.step()
         if self._skip == 0:
-            self._meet(torch.float32 if last else torch.bfloat16)
+            self._meet(torch.bfloat16)
         else:
             self._cycle(last)
         self._batch = 0 if last else self._batch + 1

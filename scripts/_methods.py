@@ -33,8 +33,10 @@ class Method:
     """One way to train a model."""
 
     make: Callable[[torch.optim.Optimizer, nn.Module, Communicator, Epochs], Any]
-    share: float
-    """Of the parameters' bytes in single precision, what a node sends per update among two nodes."""
+    share: Callable[[Any, int, int, bool], float]
+    """What a node sends among two nodes, in units of the parameters' bytes in single precision, because of an update:
+    a function of the optimizer, the numbers of the update (from 1) and of the batch in its epoch (from 0), and whether
+    that is the last one."""
     period: int = 1
     """Updates after which its communication repeats."""
 
@@ -68,15 +70,37 @@ def _heat(inner: torch.optim.Optimizer, model: nn.Module, comm: Communicator, ep
     )
 
 
+def _every(period: int, share: float = 1.0) -> Callable[[Any, int, int, bool], float]:
+    return lambda _, step, batch, last: share if step % period == 0 else 0.0
+
+
+def _in_fragments(period: int, fragments: int) -> Callable[[Any, int, int, bool], float]:
+    places = {(number + 1) * period // fragments % period for number in range(fragments)}
+    return lambda _, step, batch, last: 1 / fragments if step % period in places else 0.0
+
+
+def _in_phases(cycling: float) -> Callable[[Any, int, int, bool], float]:
+    """DASO: ``cycling`` of the bytes every B batches, all of them at the end of an epoch."""
+
+    def share(optimizer: Any, step: int, batch: int, last: bool) -> float:
+        skip = optimizer.global_skip
+        if skip == 0:
+            return 0.5
+        return 1.0 if last else cycling * (batch % skip == 0)
+
+    return share
+
+
 METHODS = {
-    EXACT: Method(_exact, 1.0),
-    "LocalSGD": Method(_local(heatopt.LocalSGD, sync_every=8), 1 / 8, 8),
-    "SlowMo": Method(_local(heatopt.SlowMo, sync_every=16, slow_momentum=0.2), 1 / 16, 16),
-    "CO2": Method(_local(heatopt.CO2, sync_every=16, outer_momentum=0.2), 1 / 16, 16),
-    "DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50), 1 / 50, 50),
-    "Streaming DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50, fragments=4, delay=5, mix="delta"), 1 / 50, 50),
-    # B = 4, and what travels is rounded to bfloat16.
-    "DASO": Method(_daso, 1 / 8, 4),
-    HEAT: Method(_heat, 1 / 4, 4),
+    EXACT: Method(_exact, _every(1)),
+    "LocalSGD": Method(_local(heatopt.LocalSGD, sync_every=8), _every(8), 8),
+    "SlowMo": Method(_local(heatopt.SlowMo, sync_every=16, slow_momentum=0.2), _every(16), 16),
+    "CO2": Method(_local(heatopt.CO2, sync_every=16, outer_momentum=0.2), _every(16), 16),
+    "DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50), _every(50), 50),
+    "Streaming DiLoCo": Method(
+        _local(heatopt.DiLoCo, sync_every=50, fragments=4, delay=5, mix="delta"), _in_fragments(50, 4), 50
+    ),
+    "DASO": Method(_daso, _in_phases(0.5), 4),
+    HEAT: Method(_heat, _in_phases(1.0), 4),
 }
-"""All replicas are nodes: their ranks average gradients in shared memory. Shares of the phases with B = 4."""
+"""All replicas are nodes: their ranks average gradients in shared memory."""

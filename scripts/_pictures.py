@@ -25,20 +25,24 @@ def show_comparison(results: list[Result], reference: str) -> None:
         here = [r for r in results if (r["rate"], r["task"]) == (rate, task)]
         size = here[0]["parameter_bytes"]
         table = Table(title=f"{task}, {rate}, {size / 1e6:.2f} MB of parameters, {here[0]['steps']} updates")
-        for column in ("method", "ms / update", "speed", "MB sent", "bytes / update", "final loss", "to exact"):
+        columns = ("ms / update", "speed", "between phases", "MB sent", "/ formula", "final loss", "to exact")
+        for column in ("method", *columns):
             table.add_column(column, justify="left" if column == "method" else "right")
         exact = [r for r in here if r["method"] == reference]
         for method in _ordered(r["method"] for r in here):
             runs = [r for r in here if r["method"] == method]
             seconds, sent, loss = (fmean(r[key] for r in runs) for key in ("total_seconds", "total_sent", "final_loss"))
+            middle, expected = (fmean(r[key] for r in runs) for key in ("middle_seconds", "expected_sent"))
             base = fmean(r["total_seconds"] for r in exact) if exact else float("nan")
+            base_middle = fmean(r["middle_seconds"] for r in exact) if exact else float("nan")
             exact_loss = fmean(r["final_loss"] for r in exact) if exact else float("nan")
             table.add_row(
                 method,
                 f"{seconds / here[0]['steps'] * 1e3:.2f}",
                 f"{base / seconds:.2f}",
+                f"{base_middle / middle:.2f}",
                 f"{sent / 1e6:.2f}",
-                f"{sent / here[0]['steps'] / size:.4f}",
+                f"{sent / expected:.3f}",
                 f"{loss:.4f}",
                 f"{100 * (loss / exact_loss - 1):+.1f} %",
             )

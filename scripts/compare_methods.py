@@ -5,11 +5,11 @@
     python scripts/compare_methods.py --simulate --out runs/methods                  anywhere: a simulated network
 
 For each rate of the network all methods train in turn in one job of 2 nodes x 2 ranks, with the same initial weights,
-batches, AdamW and learning rates. Written: compare_methods.json, and for each task a picture of the training loss against
-time and against the bytes that a node has sent.
+batches, AdamW and learning rates. Written: compare_methods.json, and for each task a picture of the training loss
+against time and against the bytes that a node has sent.
 
-Losses while training are means over ranks, each with its own parameters. The final loss is that of all the training data
-after all ranks have been made equal.
+Losses while training are means over ranks, each with its own parameters. The final loss is that of all the training
+data after all ranks have been made equal.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ from typing import Any
 
 import torch
 from _batches import GlobalBatches
+from _heat_daso import HeatDaso
 from _measuring import setting, write_results
 from _methods import EXACT, METHODS, Epochs
 from _pictures import draw_comparison, show_comparison
-from _training import mean_loss
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import heatopt
 from heatopt.comm import Communicator, Passage, SimulatedCommunicator, SimulatedWorld, VirtualNetwork
 
 NODES, SLOTS = 2, 2
-EPOCHS = Epochs(total=12, warmup=1, cooldown=1)
+EPOCHS = Epochs(total=10, warmup=1, cooldown=1)
 WARM_UP = 0.05  # of the updates, while the learning rate grows
 RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "none": 5e9}
 
@@ -62,6 +63,13 @@ class Problem:
     """Largest learning rate."""
     seconds: float
     """What a simulated rank takes for forward, backward and update."""
+    smoothing: float = 0.0
+    """Of the labels."""
+
+    def loss(self, model: nn.Module, indices: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy of some samples."""
+        scores, targets = model(self.inputs[indices]), self.targets[indices]
+        return cross_entropy(scores.flatten(0, -2), targets.flatten(), label_smoothing=self.smoothing)
 
 
 def make_digits(comm: Communicator) -> Problem:
@@ -69,7 +77,8 @@ def make_digits(comm: Communicator) -> Problem:
     from train_digits import make_task
 
     task = make_task()
-    return Problem(task.model, task.train_inputs.float(), task.train_targets, batch=16, rate=2e-3, seconds=4e-3)
+    inputs = task.train_inputs.float()
+    return Problem(task.model, inputs, task.train_targets, batch=16, rate=2e-3, seconds=4e-3, smoothing=0.1)
 
 
 def make_text(comm: Communicator) -> Problem:
@@ -104,17 +113,16 @@ class Run:
         self._comm = comm
         self._problem = problem
         self._steps = steps
-        self._batches = GlobalBatches(
-            len(problem.inputs), problem.batch, rank=comm.rank, size=comm.size, seed=seed
-        )
+        self._batches = GlobalBatches(len(problem.inputs), problem.batch, rank=comm.rank, size=comm.size, seed=seed)
         self.model = copy.deepcopy(problem.model)
         inner = torch.optim.AdamW(self.model.parameters(), lr=problem.rate)
-        self._needs_last = METHODS[method].make is METHODS["Heat's DASO"].make
         self._optimizer = METHODS[method].make(inner, self.model, comm, EPOCHS)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate(step, steps))
         self._losses: list[float] = []
         self._times: list[float] = []
         self._sent: list[int] = []
+        self._share = METHODS[method].share
+        self._expected = 0.0  # what the method's formula says has been sent, in units of the parameters
 
     def train(self) -> dict[str, Any]:
         """Train, and return what has been recorded: of each step the loss, seconds and bytes since the start."""
@@ -129,6 +137,7 @@ class Run:
                 indices = self._batches.epoch(epoch)
                 batch = next(indices)
             last = (step + 1) % length == 0
+            self._expected += self._share(self._optimizer, step + 1, step % length, last)
             self._step(batch, last)
             self._times.append(self._comm.seconds() - begin)
             self._sent.append(sent_bytes() - before)
@@ -144,16 +153,18 @@ class Run:
             "sent": [fmean(column) for column in zip(*(r[2] for r in records if r[3] == 0), strict=True)],
             "final_loss": final,
             "steps": length * EPOCHS.total,
+            "epoch_steps": length,
             "parameter_bytes": sum(p.nbytes for p in self.model.parameters()),
+            "expected_sent": self._expected * sum(p.nbytes for p in self.model.parameters()),
         }
 
     def _step(self, batch: torch.Tensor, last: bool) -> None:
         self._optimizer.zero_grad()
-        loss = mean_loss(self.model(self._problem.inputs[batch]), self._problem.targets[batch])
+        loss = self._problem.loss(self.model, batch)
         loss.backward()
         if isinstance(self._comm, SimulatedCommunicator):
             self._comm.compute(self._problem.seconds)
-        if self._needs_last:
+        if isinstance(self._optimizer, HeatDaso):
             self._optimizer.step(last)
         else:
             self._optimizer.step()
@@ -163,11 +174,9 @@ class Run:
     @torch.no_grad()
     def _final_loss(self) -> float:
         """Of all training data."""
-        inputs = self._problem.inputs[self._comm.rank :: self._comm.size]
-        targets = self._problem.targets[self._comm.rank :: self._comm.size]
         total = torch.zeros(2, dtype=torch.float64)
-        for part, target in zip(inputs.split(256), targets.split(256), strict=True):
-            total += torch.tensor([float(mean_loss(self.model(part), target)) * len(part), len(part)])
+        for part in torch.arange(self._comm.rank, len(self._problem.inputs), self._comm.size).split(256):
+            total += torch.tensor([float(self._problem.loss(self.model, part)) * len(part), len(part)])
         weighted, count = self._comm.allreduce(total, "sum").tolist()
         return weighted / count
 
@@ -193,8 +202,9 @@ def count_simulated(results: list[dict[str, Any]], trace: list[Passage]) -> None
     ends = [passage.end for passage in trace]
     sums = [0.0, *accumulate(passage.sent / NODES for passage in trace)]
     for result in results:
-        start = sums[bisect_right(ends, result["begin"])]
-        result["sent"] = [sums[bisect_right(ends, result["begin"] + t)] - start for t in result["seconds"]]
+        # A nanosecond: clocks are sums of floating-point numbers.
+        start = sums[bisect_right(ends, result["begin"] + 1e-9)]
+        result["sent"] = [sums[bisect_right(ends, result["begin"] + t + 1e-9)] - start for t in result["seconds"]]
 
 
 def simulate(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
@@ -245,12 +255,14 @@ def thin(result: dict[str, Any], points: int) -> dict[str, Any]:
     count = len(result["losses"])
     width = max(1, count // points)
     ends = range(width - 1, count, width)
+    length = result["epoch_steps"]  # of warm-up and of cool-down
     return {
         **{key: value for key, value in result.items() if key != "begin"},
         "losses": [round(fmean(result["losses"][end - width + 1 : end + 1]), 5) for end in ends],
         "seconds": [round(result["seconds"][end], 4) for end in ends],
         "sent": [round(result["sent"][end]) for end in ends],
         "total_seconds": result["seconds"][-1],
+        "middle_seconds": result["seconds"][-length - 1] - result["seconds"][length - 1],
         "total_sent": result["sent"][-1],
     }
 
@@ -262,9 +274,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600, help="updates of each run (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="updates of each run (default %(default)s)")
     parser.add_argument("--simulate", action="store_true", help="in the simulator, with the computation times declared")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder (default %(default)s)")
+    parser.add_argument("--join", nargs="+", type=Path, default=[], help="show these earlier results together instead")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < EPOCHS.total:
@@ -277,20 +290,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker is not None:
         work(options)
         return
-    if not options.simulate:
+    if not options.simulate and not options.join:
         refuse_without_namespaces()
-    results = []
-    for rate in options.rates:
-        begin = time.perf_counter()
-        runs = (simulate if options.simulate else launch)(options, rate)
-        results += [{"rate": rate, **thin(run, 60)} for run in runs]
-        print(f"{rate}: {len(runs)} runs in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
     described = setting(heatopt.comm.SingleCommunicator())
     described |= {"ranks": NODES * SLOTS, "nodes": NODES, "simulated": options.simulate, "epochs": asdict(EPOCHS)}
+    results = []
+    for path in options.join:
+        kept = json.loads(path.read_text())
+        described, results = kept["setting"], results + kept["results"]
+    for rate in () if options.join else options.rates:
+        begin = time.perf_counter()
+        runs = (simulate if options.simulate else launch)(options, rate)
+        results += [{"rate": rate, **thin(run, 50)} for run in runs]
+        print(f"{rate}: {len(runs)} runs in {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
     write_results(options.out / "compare_methods.json", described, results)
     show_comparison(results, EXACT)
-    for task in options.tasks:
+    for task in dict.fromkeys(result["task"] for result in results):
         draw_comparison([r for r in results if r["task"] == task], options.out / f"compare_{task}.png", task)
 
 
