@@ -42,7 +42,7 @@ class Method:
 
 
 def _exact(inner: torch.optim.Optimizer, model: nn.Module, comm: Communicator, _: Epochs) -> Any:
-    return heatopt.DataParallelOptimizer(inner, False, model=model, comm=comm)
+    return heatopt.DataParallelOptimizer(inner, model=model, comm=comm)
 
 
 def _local(cls: Any, **settings: Any) -> Callable[..., Any]:

@@ -59,6 +59,8 @@ class Problem:
     targets: torch.Tensor
     batch: int
     """Samples of all ranks together."""
+    steps: int
+    """Updates of a run."""
     rate: float
     """Largest learning rate."""
     seconds: float
@@ -78,7 +80,7 @@ def make_digits(comm: Communicator) -> Problem:
 
     task = make_task()
     inputs = task.train_inputs.float()
-    return Problem(task.model, inputs, task.train_targets, batch=16, rate=2e-3, seconds=4e-3, smoothing=0.1)
+    return Problem(task.model, inputs, task.train_targets, batch=16, steps=800, rate=2e-3, seconds=4e-3, smoothing=0.1)
 
 
 def make_text(comm: Communicator) -> Problem:
@@ -86,7 +88,9 @@ def make_text(comm: Communicator) -> Problem:
     from train_text import ByteGPT, cut, read_on_rank_0
 
     inputs, targets = cut(read_on_rank_0(comm, 200_000)[0], 32)
-    return Problem(ByteGPT(32, width=96, heads=4, layers=3), inputs, targets, batch=16, rate=3e-3, seconds=8e-3)
+    return Problem(
+        ByteGPT(32, width=128, heads=4, layers=3), inputs, targets, batch=16, steps=400, rate=3e-3, seconds=8e-3
+    )
 
 
 PROBLEMS: dict[str, Callable[[Communicator], Problem]] = {"digits": make_digits, "text": make_text}
@@ -192,7 +196,7 @@ def train_all(comm: Communicator, options: argparse.Namespace) -> list[dict[str,
             for method in options.methods:
                 begin = comm.seconds()
                 # Each has traffic, groups and plans of its own.
-                result = Run(comm.duplicate(method), problem, method, options.steps, seed).train()
+                result = Run(comm.duplicate(method), problem, method, options.steps or problem.steps, seed).train()
                 results.append({"task": task, "seed": seed, "method": method, "begin": begin, **result})
     return results
 
@@ -223,7 +227,8 @@ def launch(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
         out = Path(folder, "runs.json")
         lists = [
             *("--tasks", *options.tasks, "--methods", *options.methods),
-            *("--seeds", *map(str, options.seeds), "--steps", str(options.steps)),
+            *("--seeds", *map(str, options.seeds)),
+            *(() if options.steps is None else ("--steps", str(options.steps))),
         ]
         nodes = [str(script.with_name("two_nodes.sh")), "-n", str(NODES), "-s", str(SLOTS), "-r", rate, "--"]
         command = [*nodes, sys.executable, str(script), "--worker", str(out), *lists]
@@ -274,13 +279,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=500, help="updates of each run (default %(default)s)")
+    parser.add_argument("--steps", type=int, help="updates of each run (default: 800 of digits, 400 of text)")
     parser.add_argument("--simulate", action="store_true", help="in the simulator, with the computation times declared")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder (default %(default)s)")
     parser.add_argument("--join", nargs="+", type=Path, default=[], help="show these earlier results together instead")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.steps < EPOCHS.total:
+    if options.steps is not None and options.steps < EPOCHS.total:
         parser.error(f"--steps must be at least {EPOCHS.total}, got {options.steps}")
     return options
 
