@@ -148,21 +148,24 @@ class _Place:
         while self.under_way:
             self.time.pause(self.rank, [request.transfer for request in self.under_way], until)
             completed = [request for request in self.under_way if request.transfer.end is not None]
-            for request in completed:
-                self.forget(request)
-            for request in completed:
-                request.comm.progress()
+            self._go_on(completed)
             if not completed and self.now >= until:
                 break
         self.time.advance(self.rank, max(0.0, until - self.now))
+
+    def _go_on(self, completed: list[_SimulatedRequest]) -> None:
+        for request in completed:
+            self.forget(request)
+        for request in completed:
+            request.comm.progress()
 
     def look(self, transfer: Transfer) -> None:
         """Let all others come to this rank's time."""
         self.time.pause(self.rank, [transfer], self.now)
 
-    def sit_out(self, transfer: Transfer, timeout: float) -> None:
-        """Wait for the end."""
-        begin = self.now
+    def sit_out(self, request: _SimulatedRequest, timeout: float) -> None:
+        """Wait for the end. Works in the background go on meanwhile."""
+        begin, transfer = self.now, request.transfer
         while transfer.end is None:
             gone = [member for member in transfer.missing if member in self._gone]
             if gone:
@@ -173,7 +176,9 @@ class _Place:
                 raise CollectiveTimeoutError(
                     f"rank {self.rank} waited {self.now - begin:g} s in {transfer.kind}; {late}"
                 )
-            self.time.pause(self.rank, [transfer], begin + timeout)
+            others = [other for other in self.under_way if not other.comm.shares_queue(request.comm)]
+            self.time.pause(self.rank, [transfer, *(other.transfer for other in others)], begin + timeout)
+            self._go_on([other for other in others if other.transfer.end is not None])
 
     def forget(self, request: _SimulatedRequest) -> None:
         if request in self.under_way:
@@ -198,11 +203,12 @@ class _SimulatedRequest(Request):
     def wait(self) -> None:
         if self._receive is not None:
             place = self.comm.place
-            receive, self._receive = self._receive, None
             try:
-                place.sit_out(self.transfer, self.comm.timeout)
+                place.sit_out(self, self.comm.timeout)
             finally:
                 place.forget(self)
+            # An error leaves it as it is: whoever asks again meets the same error.
+            receive, self._receive = self._receive, None
             receive()
 
 
@@ -250,6 +256,15 @@ class SimulatedCommunicator(ThreadCommunicator):
             lambda nbytes: load_of(place.network, passed.kind, self._nodes, nbytes, passed.detail),
         )
         return _SimulatedRequest(self, transfer, lambda: receive(self._collect(key)))
+
+    def background(self, purpose: str = "background()") -> Communicator:
+        twin = super().background(purpose)
+        twin._queue.needs_calls = False  # a rank is one thread: virtual time drives its works, see _Place
+        return twin
+
+    def shares_queue(self, other: SimulatedCommunicator) -> bool:
+        """True if each of the two first completes the other's works."""
+        return self._queue is other._queue
 
     def node_memory(self, ranks: tuple[int, ...]) -> NodeMemory:
         return _SimulatedNodeMemory(self, ranks)
