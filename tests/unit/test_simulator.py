@@ -134,6 +134,28 @@ def test_questions_move_no_clock_and_find_what_has_arrived() -> None:
 
     assert SimulatedWorld(2, NETWORK, ranks_per_node=1).run(body) == [(False, False, True)] * 2
 
+def test_works_in_the_background_go_on_while_a_rank_waits_elsewhere() -> None:
+    """20.5 s of them beside 11 s of computation, 10 s of waiting for a slow rank, and small exchanges in between."""
+
+    def body(comm: SimulatedCommunicator) -> tuple[float, float]:
+        group = comm.background()
+        tensor = torch.full((5000,), comm.rank + 1.0)
+        comm.barrier()
+        begin = comm.now
+        work = group.reduce_async(tensor, "sum", "the test")
+        comm.compute(1.0)
+        comm.compute(10.0 * comm.rank)
+        comm.barrier()
+        comm.compute(10.0)
+        before = comm.now
+        work.wait()
+        assert comm.now == before
+        return comm.now - begin, tensor[-1].item()
+
+    for seconds, value in SimulatedWorld(2, NETWORK, ranks_per_node=1).run(body):
+        assert value == 3.0
+        assert seconds == pytest.approx(1 + 10 + 10 + 0.25 + 2 * 8 / 1000, abs=0.02)
+
 
 # Slow ranks and shared links
 
