@@ -74,9 +74,11 @@ def _every(period: int, share: float = 1.0) -> Callable[[Any, int, int, bool], f
     return lambda _, step, batch, last: share if step % period == 0 else 0.0
 
 
-def _in_fragments(period: int, fragments: int) -> Callable[[Any, int, int, bool], float]:
-    places = {(number + 1) * period // fragments % period for number in range(fragments)}
-    return lambda _, step, batch, last: 1 / fragments if step % period in places else 0.0
+def _in_fragments(period: int, fragments: int, delay: int) -> Callable[[Any, int, int, bool], float]:
+    places = {(number + 1) * period // fragments for number in range(fragments)}
+    return lambda _, step, batch, last: (
+        sum((step - delay - place) % period == 0 for place in places if step > delay) / fragments
+    )
 
 
 def _in_phases(cycling: float) -> Callable[[Any, int, int, bool], float]:
@@ -96,9 +98,11 @@ METHODS = {
     "LocalSGD": Method(_local(heatopt.LocalSGD, sync_every=8), _every(8), 8),
     "SlowMo": Method(_local(heatopt.SlowMo, sync_every=16, slow_momentum=0.2), _every(16), 16),
     "CO2": Method(_local(heatopt.CO2, sync_every=16, outer_momentum=0.2), _every(16), 16),
-    "DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50), _every(50), 50),
+    "DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50, outer_momentum=0.5), _every(50), 50),
     "Streaming DiLoCo": Method(
-        _local(heatopt.DiLoCo, sync_every=50, fragments=4, delay=5, mix="delta"), _in_fragments(50, 4), 50
+        _local(heatopt.DiLoCo, sync_every=50, outer_momentum=0.5, fragments=4, delay=5, mix="delta"),
+        _in_fragments(50, 4, 5),
+        50,
     ),
     "DASO": Method(_daso, _in_phases(0.5), 4),
     HEAT: Method(_heat, _in_phases(1.0), 4),

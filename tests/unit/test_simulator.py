@@ -134,6 +134,7 @@ def test_questions_move_no_clock_and_find_what_has_arrived() -> None:
 
     assert SimulatedWorld(2, NETWORK, ranks_per_node=1).run(body) == [(False, False, True)] * 2
 
+
 def test_works_in_the_background_go_on_while_a_rank_waits_elsewhere() -> None:
     """20.5 s of them beside 11 s of computation, 10 s of waiting for a slow rank, and small exchanges in between."""
 
