@@ -13,7 +13,8 @@ the network's own work, or with --elsewhere waits, as for an accelerator. For ea
     hidden         (communication + computation - together) / min(communication, computation): 1 is best
 
 The bytes are those that the network interface has counted, per node and step, over 2 (n - 1) / n times the size of the
-gradients in single precision.
+gradients in single precision; for a local-update method (--methods) over what its period makes of that. One step of
+such a method is the mean over its period.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _measuring import interleave, open_gloo, write_json
+from _methods import EXACT, HEAT, METHODS, Epochs
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,7 +39,7 @@ from torch import nn
 import heatopt
 from heatopt.comm import Communicator
 
-PLAIN = "no synchronisation"
+PLAIN, LOADED = "no synchronisation", ", loaded"
 REFERENCE = "heatopt blocking"
 
 
@@ -92,19 +94,32 @@ class Layers(nn.Module):
 
 
 class Way:
-    """One way of synchronising: a model and an optimizer of its own."""
+    """One way of synchronising: a model and an optimizer of its own.
 
-    def __init__(self, model: nn.Module, forward: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    Args:
+        model: what is trained.
+        forward: what is called.
+        optimizer: what is stepped.
+        period: steps after which the communication repeats.
+        share: of the gradients' bytes, what the formula says that is sent in each step.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: nn.Module, optimizer: Any, period: int = 1, share: float = 1.0
+    ) -> None:
         self.model = model
+        self.period = period
+        self.share = share
         self._forward = forward
         self._optimizer = optimizer
 
     def step(self, load: Load, repeats: int, batch: torch.Tensor) -> None:
-        """One training step."""
+        """One period of training steps."""
         load.repeats = repeats
-        self._optimizer.zero_grad()
-        self._forward(batch).square().mean().backward()
-        self._optimizer.step()
+        for _ in range(self.period):
+            self._optimizer.zero_grad()
+            self._forward(batch).square().mean().backward()
+            self._optimizer.step()
 
     def checksum(self) -> float:
         """Sum of all parameters, in double precision."""
@@ -139,6 +154,22 @@ def make_ways(comm: Communicator, make_model: Callable[[], nn.Module], bucket_mb
     return ways
 
 
+def make_local_ways(comm: Communicator, make_model: Callable[[], nn.Module]) -> dict[str, Way]:
+    """The local-update methods, DASO between its warm-up and its cool-down."""
+    ways = {}
+    for name, method in METHODS.items():
+        if name in (EXACT, HEAT):
+            continue
+        model = make_model()
+        inner = torch.optim.SGD(model.parameters(), lr=1e-3)
+        optimizer = method.make(inner, model, comm.duplicate(name), Epochs(total=2**30, warmup=0, cooldown=0))
+        # Whole periods far from the beginning, and from the end of an epoch.
+        steps = range(method.period * 100, method.period * 101)
+        share = sum(method.share(optimizer, step, step, False) for step in steps) / method.period
+        ways[name] = Way(model, model, optimizer, method.period, share)
+    return ways
+
+
 def calibrate(comm: Communicator, load: Load, milliseconds: float, layers: int) -> int:
     """Repeats per layer that take so long in all layers, while all ranks compute."""
     load.repeats = 200
@@ -158,6 +189,11 @@ def sent_bytes(interface: str) -> int | None:
     return int(path.read_text()) if path.exists() else None
 
 
+def per_step(times: dict[str, list[float]], ways: dict[str, Way]) -> dict[str, list[float]]:
+    """Times of periods as times of steps."""
+    return {name: [t / ways[name.removesuffix(LOADED)].period for t in each] for name, each in times.items()}
+
+
 def traffic(comm: Communicator, interface: str, step: Callable[[], None], steps: int) -> float | None:
     """Bytes that a node sends for one step, the mean over nodes."""
     comm.barrier()
@@ -175,9 +211,9 @@ def evaluate(times: dict[str, list[float]], name: str) -> dict[str, float]:
     """Medians over rounds of the quantities of one way."""
     rows = []
     for k in range(len(times[PLAIN])):
-        computation = times[f"{PLAIN}, loaded"][k] - times[PLAIN][k]
+        computation = times[f"{PLAIN}{LOADED}"][k] - times[PLAIN][k]
         communication = times[name][k] - times[PLAIN][k]
-        together = times[f"{name}, loaded"][k] - times[PLAIN][k]
+        together = times[f"{name}{LOADED}"][k] - times[PLAIN][k]
         hidden = (computation + communication - together) / min(computation, communication)
         rows.append((computation, communication, together, hidden, together / max(computation, communication)))
     keys = ("computation", "communication", "together", "hidden", "over_longer")
@@ -192,13 +228,12 @@ def show(results: dict[str, Any], gradient_bytes: int, comm: Communicator) -> No
     )
     for column in ("way", "communication", "computation", "together", "hidden", "/ longer", "MB sent", "/ theory"):
         table.add_column(column, justify="left" if column == "way" else "right")
-    theory = 2 * (n - 1) / n * gradient_bytes
     for name, row in results.items():
-        sent = row["sent"]
+        sent, theory = row["sent"], 2 * (n - 1) / n * gradient_bytes * row["share"]
         table.add_row(
             name,
             *(f"{row[key]:.1f}" for key in ("communication", "computation", "together")),
-            f"{row['hidden']:.2f}",
+            f"{row['hidden']:.2f}" if row["period"] == 1 else "",
             f"{row['over_longer']:.2f}",
             "" if sent is None else f"{sent / 1e6:.1f}",
             "" if sent is None or not theory else f"{sent / theory:.3f}",
@@ -216,6 +251,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="steps per round (default %(default)s)")
     parser.add_argument("--ways", nargs="+", help="only these, besides the one without synchronisation")
+    parser.add_argument("--methods", action="store_true", help="the local-update methods too")
     parser.add_argument("--interface", default="eth0", help="whose bytes are counted (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write all times to this file")
     options = parser.parse_args()
@@ -230,6 +266,8 @@ def main() -> None:
         return Layers(options.layers, options.width, load)
 
     ways = make_ways(comm, make_model, options.bucket_mb)
+    if options.methods:
+        ways |= make_local_ways(comm, make_model)
     chosen = [name for name in ways if name != PLAIN and (not options.ways or name in options.ways)]
     batch = torch.randn(1, options.width, generator=torch.Generator().manual_seed(comm.rank))
     probe = interleave(
@@ -240,12 +278,14 @@ def main() -> None:
     calls = {}
     for name in (PLAIN, *chosen):
         calls[name] = partial(ways[name].step, load, 0, batch)
-        calls[f"{name}, loaded"] = partial(ways[name].step, load, repeats, batch)
-    times = interleave(comm, calls, options.rounds, options.steps)
+        calls[f"{name}{LOADED}"] = partial(ways[name].step, load, repeats, batch)
+    times = per_step(interleave(comm, calls, options.rounds, options.steps), ways)
     results: dict[str, Any] = {}
     for name in chosen:
         results[name] = evaluate(times, name)
-        results[name]["sent"] = traffic(comm, options.interface, calls[name], 4)
+        sent = traffic(comm, options.interface, calls[name], 4)
+        results[name]["sent"] = None if sent is None else sent / ways[name].period
+        results[name] |= {"period": ways[name].period, "share": ways[name].share}
         results[name]["checksum"] = ways[name].checksum()
     gradient_bytes = sum(4 * p.numel() for p in ways[PLAIN].model.parameters())
     write_json(options.json, comm, {"gradient_bytes": gradient_bytes, "ways": results, "milliseconds": times})

@@ -157,6 +157,7 @@ class Run:
             "final_loss": final,
             "steps": length * EPOCHS.total,
             "epoch_steps": length,
+            "begin": begin,
             "parameter_bytes": sum(p.nbytes for p in self.model.parameters()),
             "expected_sent": self._expected * sum(p.nbytes for p in self.model.parameters()),
         }
@@ -193,10 +194,9 @@ def train_all(comm: Communicator, options: argparse.Namespace) -> list[dict[str,
             torch.manual_seed(seed)
             problem = PROBLEMS[task](comm)
             for method in options.methods:
-                begin = comm.seconds()
                 # Each has traffic, groups and plans of its own.
                 result = Run(comm.duplicate(method), problem, method, options.steps or problem.steps, seed).train()
-                results.append({"task": task, "seed": seed, "method": method, "begin": begin, **result})
+                results.append({"task": task, "seed": seed, "method": method, **result})
     return results
 
 

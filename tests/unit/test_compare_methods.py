@@ -1,0 +1,112 @@
+"""``scripts/compare_methods.py``: what it refuses, what it records, and the formulas of what it compares."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from heatopt.comm import Communicator, ThreadWorld
+from tests.support.launch import LAUNCH, REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+for package in ("rich", "sklearn", "matplotlib"):
+    pytest.importorskip(package)
+
+import _heat_daso  # noqa: E402
+import _methods  # noqa: E402
+import compare_methods  # noqa: E402
+
+pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
+
+
+def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes as the formulas say, the same results again, and together with earlier ones the same table."""
+    threads = torch.get_num_threads()
+    options = ["--tasks", "digits", "--seeds", "0", "--rates", "100mbit", "--steps", "50", "--simulate"]
+    try:
+        for folder in ("a", "b"):
+            methods = ["exact", "DiLoCo", "DASO", "Heat's DASO"]
+            compare_methods.main([*options, "--methods", *methods, "--out", str(tmp_path / folder)])
+    finally:
+        torch.set_num_threads(threads)
+    first, second = (json.loads((tmp_path / f / "compare_methods.json").read_text()) for f in ("a", "b"))
+    assert first["results"] == second["results"]
+    for result in first["results"]:
+        assert result["steps"] == 50
+        assert result["total_sent"] == pytest.approx(result["expected_sent"], rel=0.03), result["method"]
+        assert result["losses"][-1] < result["losses"][0]
+        assert len(result["losses"]) == len(result["seconds"]) == len(result["sent"])
+    seconds = {result["method"]: result["total_seconds"] for result in first["results"]}
+    assert seconds["exact"] > seconds["DASO"] > seconds["DiLoCo"] > 50 * 2e-3
+    table = capsys.readouterr().out.split("digits")[-1]
+    compare_methods.main(["--join", str(tmp_path / "a" / "compare_methods.json"), "--out", str(tmp_path / "c")])
+    assert capsys.readouterr().out.split("digits")[-1] == table
+    assert (tmp_path / "c" / "compare_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_namespaces_need_root_and_their_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SystemExit, match=r"only root may make network namespaces: .* or give --simulate"):
+        compare_methods.main(["--out", str(tmp_path / "x")])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="ip, tc, unshare, mpirun not found"):
+        compare_methods.main(["--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare_methods.main(["--steps", "9"])
+    assert "--steps must be at least 10, got 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "expected"),
+    [("exact", 300, 300.0), ("LocalSGD", 300, 37.0), ("DiLoCo", 300, 6.0), ("Streaming DiLoCo", 300, 5.75)],
+)
+def test_formulas_of_fixed_periods(method: str, steps: int, expected: float) -> None:
+    share = _methods.METHODS[method].share
+    assert sum(share(None, step, 0, False) for step in range(1, steps + 1)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("nodes", "kept"), [(2, 0.875), (8, 0.8)])
+def test_the_published_merge_loses_progress(nodes: int, kept: float) -> None:
+    """With equal nodes and a constant gradient, B = 4 and S = 1: 2 S / (2 S + P) of every fourth batch stays."""
+
+    def train(comm: Communicator) -> float:
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        inner = torch.optim.SGD([parameter], lr=1.0)
+        optimizer = _heat_daso.HeatDaso(inner, 9, comm=comm, warmup=0, cooldown=0, stability=0.05)
+        assert optimizer.global_skip == 4
+        for _ in range(40):
+            optimizer.zero_grad()
+            parameter.sum().backward()
+            optimizer.step(last=False)
+        return -parameter[0].item() / 40
+
+    assert ThreadWorld(nodes, ranks_per_node=1).run(train) == pytest.approx([kept] * nodes)
+
+
+def test_the_reference_rounds_weights_in_its_warm_up() -> None:
+    def train(comm: Communicator) -> tuple[float, int, int]:
+        parameter = torch.nn.Parameter(torch.full((3,), 1.0 + comm.rank))
+        inner = torch.optim.SGD([parameter], lr=2.0**-9)
+        optimizer = _heat_daso.HeatDaso(inner, 9, comm=comm, warmup=1, cooldown=1, stability=0.05)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (-parameter).sum().backward()
+            optimizer.step(last=False)
+        optimizer.epoch_loss_logic(1.0)
+        first = optimizer.global_skip
+        for _ in range(7):
+            optimizer.epoch_loss_logic(1.0)
+        return parameter[0].item(), first, optimizer.global_skip
+
+    # 1 + 2^-9 is 1 in bfloat16: five updates are lost; then B = 4, and the last epoch cools down.
+    assert ThreadWorld(4, ranks_per_node=2).run(train) == [(1.0, 4, 0)] * 4
