@@ -66,9 +66,10 @@ def draw_comparison(results: list[Result], path: Path, title: str) -> None:
                 continue
             style = {"linewidth": 1.2, "label": result["method"]}
             row[0].plot(result["seconds"], result["losses"], **style)
-            row[1].plot([max(sent, 1) / 1e6 for sent in result["sent"]], result["losses"], **style)
+            row[1].plot([sent / 1e6 for sent in result["sent"]], result["losses"], **style)
         row[0].set(xlabel="seconds", ylabel="training loss", title=f"{title}, {rate}", xscale="log", yscale="log")
         row[1].set(xlabel="MB sent by a node", title=f"{title}, {rate}", xscale="log", yscale="log")
+        row[1].set_xlim(left=0.1)
         for panel in row:
             panel.grid(alpha=0.3)
         row[0].legend(fontsize=8)
