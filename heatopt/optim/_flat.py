@@ -77,7 +77,9 @@ class _FlatRun:
         """Set what the update reads."""
         self.group.update(options)
         self.group.update(self._own_options)
-        if in_place or (self._alone and gradients[0].stride() == self._stride):
+        # torch's foreach loop adds the momentum to the gradient itself: what lies behind that is somebody else's.
+        written = options.get("nesterov") and self._own_options["foreach"]
+        if not written and (in_place or (self._alone and gradients[0].stride() == self._stride)):
             self.parameter.grad = self._in_place(gradients[0])
             if self.parameter.grad is not None:
                 return
@@ -98,16 +100,22 @@ class _FlatRun:
         pieces = chain.from_iterable(zip(gradients, self._gaps, strict=True)) if self._has_gaps else gradients
         return torch.cat(list(pieces), out=self._gradient)
 
-    def finish(self, state: dict[torch.Tensor, dict[str, Any]]) -> None:
-        """Hand on what the update has made beside the parameters and the tensors of their state."""
+    def finish(self, state: dict[torch.Tensor, dict[str, Any]]) -> bool:
+        """Hand on what the update has made beside the parameters and the tensors of their state.
+
+        Returns:
+            True if these are new states, which are not in flat memory yet.
+        """
         self.parameter.grad = None
         for own, numbers, key in self._numbers:
             if key == "step":
                 numbers.add_(1)  # which waits for no device
             else:
                 numbers.copy_(own)
-        if len(self.state) != self.states:
-            self._hand_on_new_states(state)
+        if len(self.state) == self.states:
+            return False
+        self._hand_on_new_states(state)
+        return True
 
     def _hand_on_new_states(self, state: dict[torch.Tensor, dict[str, Any]]) -> None:
         for key, value in self.state.items():
@@ -196,7 +204,8 @@ class FlatStepper:
             self._breaks = breaks
             self._make_runs(layout)
         known = len(optimizer.state)
-        self._update_runs(active)
+        if self._update_runs(active):
+            layout.forget_states()  # or one that is cleared before the next step would not be missed
         self._update_others()
         if len(optimizer.state) > known:
             _sort_states(optimizer.state, known, layout.parameters)
@@ -281,15 +290,18 @@ class FlatStepper:
                     reached = self._offsets[number]
                     yield number
 
-    def _update_runs(self, gradients: Sequence[torch.Tensor]) -> None:
+    def _update_runs(self, gradients: Sequence[torch.Tensor]) -> bool:
+        """Update what is in flat memory; return True if that has made new states."""
         optimizer, in_place = self._optimizer, self._breaks is not None
+        new_states = False
         for run, start, end in self._runs:
             run.prepare(optimizer.param_groups[run.run.space.group], list(gradients[start:end]), in_place)
             self._for_runs.param_groups = [run.group]
             self._update(self._for_runs)
-            run.finish(optimizer.state)
+            new_states |= run.finish(optimizer.state)
         # Autograd is to notice that the parameters are not what a graph may have saved.
         torch.autograd.graph.increment_version(self._active_parameters)
+        return new_states
 
     def _update_others(self) -> None:
         if not self._others:

@@ -75,6 +75,10 @@ class Layout:
             return False
         return self._contents == [space.contents() for space in self._spaces]
 
+    def forget_states(self) -> None:
+        """States have come that are not in flat memory: the next step moves all of them anew."""
+        self._values = None
+
     def remember_contents(self) -> None:
         """What has been written into states until now is known."""
         self._contents = [space.contents() for space in self._spaces]

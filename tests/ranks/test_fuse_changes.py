@@ -160,6 +160,42 @@ def test_changes_of_states(case: Case, change: Change) -> None:
     test_changes_are_noticed(case, change)
 
 
+@pytest.mark.parametrize("case", [ADAM, MOMENTUM], ids=lambda case: case.name)
+def test_states_that_are_forgotten_right_after_the_step_that_made_them(case: Case) -> None:
+    results = []
+    for wrap in (fused, lambda optimizer: optimizer):
+        parameters = make_parameters()
+        optimizer = wrap(two_groups(case, parameters))
+        train(optimizer, parameters, [4])
+        optimizer.state.clear()
+        train(optimizer, parameters, [5])
+        forget_state(optimizer, parameters)
+        train(optimizer, parameters, [6])
+        forget_state(optimizer, parameters)
+        train(optimizer, parameters, [7])
+        results.append(result(optimizer, parameters))
+    parity.assert_same_bits(*results, "the parameters and states")
+
+
+def test_gradients_that_lie_close_together() -> None:
+    """Between them there is less room than between parameters in flat memory, and torch's loop writes into them."""
+    results = []
+    for wrap in (fused, lambda optimizer: optimizer):
+        parameters = make_parameters([torch.float32])
+        options = {"momentum": 0.9, "nesterov": True, "foreach": True}
+        optimizer = wrap(torch.optim.SGD(parameters, lr=0.1, **options))  # type: ignore[arg-type]
+        for step in range(4, 8):
+            give_gradients(parameters, step)
+            order = list(reversed(parameters))
+            parts = torch.cat([p.grad.reshape(-1) for p in order if p.grad is not None]).split([p.numel() for p in order])
+            for parameter, part in zip(order, parts, strict=True):
+                parameter.grad = part.view(parameter.shape)
+            parameters[1].grad = None  # so that no two small ones are neighbours in both memories
+            optimizer.step()
+        results.append(result(optimizer, parameters))
+    parity.assert_same_bits(*results, "the parameters and states")
+
+
 def test_transposed_where_it_is() -> None:
     parameters = make_parameters()
     optimizer = fused(torch.optim.SGD(parameters, lr=0.1, foreach=False))
