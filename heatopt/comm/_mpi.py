@@ -97,7 +97,7 @@ class MPICommunicator(Communicator):
         neighbours = base.Split_type(MPI.COMM_TYPE_SHARED)
         lowest = neighbours.bcast(base.rank)
         neighbours.Free()
-        topology = Topology.detect(base.allgather(lowest))
+        topology = Topology.agree(base.allgather, lowest)
         super().__init__(base.rank, topology, default_timeout() if timeout is None else timeout)
         self._open(base)
         if self.size > 1:

@@ -11,6 +11,7 @@ __all__ = [
     "default_timeout",
     "mpi_defaults_wanted",
     "ranks_per_node",
+    "ranks_per_node_text",
     "shared_memory_wanted",
 ]
 
@@ -48,8 +49,8 @@ def default_timeout() -> float:
 
 def ranks_per_node() -> int | None:
     """Value of ``HEATOPT_RANKS_PER_NODE``, which overrides the detected grouping of ranks into nodes."""
-    text = os.environ.get("HEATOPT_RANKS_PER_NODE")
-    if text is None or not text.strip():
+    text = ranks_per_node_text()
+    if not text:
         return None
     try:
         count = int(text)
@@ -58,6 +59,11 @@ def ranks_per_node() -> int | None:
     if count < 1:
         raise ValueError(f"environment variable HEATOPT_RANKS_PER_NODE must be an integer >= 1, got {text!r}")
     return count
+
+
+def ranks_per_node_text() -> str:
+    """The same as it is written; empty if it is not set."""
+    return os.environ.get("HEATOPT_RANKS_PER_NODE", "").strip()
 
 
 def shared_memory_wanted() -> bool:

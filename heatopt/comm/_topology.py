@@ -1,11 +1,13 @@
-"""Which ranks share a node: plain facts, no communication."""
+"""Which ranks share a node."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from heatopt.comm._settings import ranks_per_node
+from heatopt.comm._settings import ranks_per_node, ranks_per_node_text
+from heatopt.errors import RankMismatchError
 
 __all__ = ["Topology"]
 
@@ -16,6 +18,27 @@ class Topology:
 
     node_of: tuple[int, ...]
     """Node index of each rank; length = number of ranks."""
+
+    @classmethod
+    def agree(cls, exchange: Callable[[Any], list[Any]], key: Hashable) -> Topology:
+        """:meth:`detect` by all ranks together, each with its own key.
+
+        Args:
+            exchange: returns what each rank has passed.
+            key: of this rank's node.
+
+        Raises:
+            RankMismatchError: ranks have different values of ``HEATOPT_RANKS_PER_NODE``, and so would see different
+                nodes: launchers do not hand on every variable to other machines.
+        """
+        keys, texts = zip(*exchange((key, ranks_per_node_text())), strict=True)
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                raise RankMismatchError(
+                    f"environment variable HEATOPT_RANKS_PER_NODE: rank 0 has {texts[0] or 'none'!r}, rank {rank} has "
+                    f"{text or 'none'!r}; set it alike on all ranks (mpirun -x HEATOPT_RANKS_PER_NODE hands it on)"
+                )
+        return cls.detect(keys)
 
     @classmethod
     def detect(cls, keys: Sequence[Hashable]) -> Topology:

@@ -10,6 +10,7 @@ import pytest
 from heatopt.comm._launch import Launch, detect_launch
 from heatopt.comm._settings import DEFAULT_TIMEOUT, check_timeout, default_timeout, ranks_per_node
 from heatopt.comm._topology import Topology
+from heatopt.errors import RankMismatchError
 
 RENDEZVOUS = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = RENDEZVOUS | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": "1"}
@@ -104,6 +105,21 @@ def test_environment_overrides_the_keys(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HEATOPT_RANKS_PER_NODE", "2")
     assert Topology.detect(["same"] * 5).node_of == (0, 0, 1, 1, 2)
     assert Topology.detect([1, 2, 3]).node_of == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("1", ""), ("", "2"), ("two", "2")])
+def test_ranks_that_would_see_different_nodes(monkeypatch: pytest.MonkeyPatch, mine: str, theirs: str) -> None:
+    """A launcher may leave the variable behind; then ranks would wait for each other in different operations."""
+    monkeypatch.setenv("HEATOPT_RANKS_PER_NODE", mine)
+    with pytest.raises(RankMismatchError, match=f"rank 0 has '{mine or 'none'}', rank 2 has '{theirs or 'none'}'"):
+        Topology.agree(lambda own: [own, own, ("b", theirs)], "a")
+
+
+def test_ranks_that_see_the_same_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEATOPT_RANKS_PER_NODE", "2 ")
+    assert Topology.agree(lambda own: [own, ("b", "2"), ("c", "2")], "a").node_of == (0, 0, 1)
+    monkeypatch.delenv("HEATOPT_RANKS_PER_NODE")
+    assert Topology.agree(lambda own: [own, ("b", ""), own], "a").node_of == (0, 1, 0)
 
 
 def test_topology_of_a_group_keeps_the_nodes() -> None:
