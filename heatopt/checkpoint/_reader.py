@@ -144,7 +144,7 @@ class Reader:
         entry: TensorEntry = self._manifest.tensor(name, self._rank)
         dtype = named_dtype(entry.dtype)
         key = name if self._manifest.tensors.get(name) is entry else rank_key(self._rank, name)
-        result = torch.empty(stop - start, dtype=dtype)
+        result = torch.empty(stop - start, dtype=dtype, device="cpu")
         flat = stored(result)
         begin = start * extent_of(name, dtype).count
         end = begin + flat.numel()

@@ -46,7 +46,8 @@ def sum_to(target: torch.Tensor, parts: list[torch.Tensor], divisor: float) -> N
     Nothing else is written, so the lines of the others' memory stay in their caches.
     """
     step = _BLOCK_BYTES // target.element_size()
-    scratch = torch.empty(min(step, target.numel()), dtype=torch.float32 if target.dtype in _HALF else target.dtype)
+    dtype = torch.float32 if target.dtype in _HALF else target.dtype
+    scratch = target.new_empty(min(step, target.numel()), dtype=dtype)
     for first in range(0, target.numel(), step):
         place, *blocks = [part[first : first + step] for part in (target, *parts)]
         total = scratch[: place.numel()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -198,9 +200,21 @@ class ThreadCommunicator(Communicator):
         self._world = world
         self.can_share_memory = world.shared_memory
         self.is_gone = self._has_left
+        self._deadline, self._what = math.inf, ""  # of the current wait
         self._started: dict[str, int] = {}
 
+    @contextmanager
+    def _waiting(self, what: str, number: int) -> Iterator[None]:
+        # No watchdog looks at threads: whoever waits in shared memory meets its deadline in _has_left().
+        self._deadline, self._what = time.monotonic() + self.timeout, what
+        yield
+
     def _has_left(self, rank: int) -> bool:
+        if time.monotonic() >= self._deadline:
+            raise CollectiveTimeoutError(
+                f"rank {self._members[self.rank]} waited {self.timeout:g} s in {self._what}; late: rank "
+                f"{self._members[rank]}"
+            )
         return self._members[rank] in self._world._gone
 
     def abort(self, message: str, code: int = 1) -> NoReturn:

@@ -132,7 +132,7 @@ class TorchCommunicator(Communicator):
         self._nccl_wanted = nccl
         super().__init__(rank, Topology((0,) * size), timeout, name=f"world{next(_worlds)}")
         self._open(store)
-        self._topology = Topology.detect(self._exchange_objects(socket.gethostname()))
+        self._topology = Topology.agree(self._exchange_objects, socket.gethostname())
         if size > 1:
             # A connection of the watchdog's own: the main thread may block in the store.
             own = store.clone() if hasattr(store, "clone") else store
@@ -221,9 +221,9 @@ class TorchCommunicator(Communicator):
     def _exchange_objects(self, obj: T) -> list[T]:
         data = np.frombuffer(pickle.dumps(obj), dtype=np.uint8)
         lengths = self._exchange_words(np.array([data.size], dtype=np.int64))[:, 0]
-        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8, device="cpu")
         padded[: data.size] = torch.from_numpy(data.copy())
-        received = torch.empty((self.size, padded.numel()), dtype=torch.uint8)
+        received = padded.new_empty((self.size, padded.numel()))
         self._all_gather(padded, received, 0, True).wait()
         return [pickle.loads(row[:length].numpy().tobytes()) for row, length in zip(received, lengths, strict=True)]
 

@@ -144,7 +144,7 @@ def gather_states(
     result: _Table = {}
     for chunk in _chunks(tables):
         values = [state[parameters[index]][key] for index in chunk for key in _keys(mine, index)]
-        flat = torch.cat([torch.empty(0, dtype=torch.uint8), *map(_as_bytes, values)])
+        flat = torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *map(_as_bytes, values)])
         lengths = [sum(map(_nbytes, (table.get(index, {}) for index in chunk))) for table in tables]
         padded = flat.new_zeros(max(lengths))
         padded[: flat.numel()] = flat

@@ -133,7 +133,7 @@ class WholeProblemStates(ShardedStates):
         lengths = [sum(stop - start for start, stop in found) for found in places]
 
         def gather(part: torch.Tensor, name: str) -> torch.Tensor:
-            padded = torch.zeros(max(lengths), dtype=part.dtype)
+            padded = torch.zeros(max(lengths), dtype=part.dtype, device="cpu")
             padded[: part.numel()] = part
             rows = comm.gather_rows(padded.view(torch.uint8), f"{_GATHERING}: {name}").view(part.dtype)
             whole = part.new_empty(sum(lengths))

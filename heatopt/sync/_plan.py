@@ -74,6 +74,7 @@ class GradientPlan:
         self.sparse_changed = False
         """True if a sparse gradient has got a contribution that no reduction has seen."""
         self._outside: list[int] = []
+        self._through_node = False  # reductions use the memory of the node where buckets are in it
         self.list_parameters()
 
     def list_parameters(self) -> None:
@@ -160,6 +161,8 @@ class GradientPlan:
         Raises:
             RankMismatchError: the ranks' parameters differ.
         """
+        # Sums in rank order across nodes leave that memory aside.
+        self._through_node = channel.num_nodes == 1 or not self._settings.reproducible
         self.shards.make_whole(channel, self.parameters, self.weights.reduced_share)
         wishes = channel.exchange_objects((list(dense), list(sparse)), f"new plan of {self._settings.algorithm}")
         planned = set(self.places).union(*(wish[0] for wish in wishes))
@@ -195,7 +198,7 @@ class GradientPlan:
         """What the buckets are."""
         plans = [bucket.plan for bucket in self.buckets]
         return {
-            "shared_memory": bool(plans) and all(memory.shared for memory in self.memories),
+            "shared_memory": bool(plans) and self._through_node and all(memory.shared for memory in self.memories),
             "buckets": len(plans),
             "bucket_bytes": sum(plan.numel * plan.dtype.itemsize for plan in plans),
             **({} if self.shards.whole else self.shards.report()),

@@ -187,7 +187,8 @@ def test_gradients_that_lie_close_together() -> None:
         for step in range(4, 8):
             give_gradients(parameters, step)
             order = list(reversed(parameters))
-            parts = torch.cat([p.grad.reshape(-1) for p in order if p.grad is not None]).split([p.numel() for p in order])
+            flat = torch.cat([p.grad.reshape(-1) for p in order if p.grad is not None])
+            parts = flat.split([p.numel() for p in order])
             for parameter, part in zip(order, parts, strict=True):
                 parameter.grad = part.view(parameter.shape)
             parameters[1].grad = None  # so that no two small ones are neighbours in both memories

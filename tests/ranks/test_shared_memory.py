@@ -178,6 +178,40 @@ def test_memory_is_freed_with_the_optimizer(ranks):
     ranks(body)
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+def test_report_says_whether_gradients_meet_in_shared_memory(ranks_per_node, reproducible):
+    def body(comm):
+        optimizer = torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), lr=0.1)
+        return heatopt.DataParallelOptimizer(optimizer, comm=comm, reproducible=reproducible).report()["shared_memory"]
+
+    expected = ranks_per_node == 4 or not reproducible  # sums in rank order across nodes go another way
+    assert ThreadWorld(4, ranks_per_node=ranks_per_node, shared_memory=True).run(body) == [expected] * 4
+
+
+@pytest.mark.parametrize("shard", ["none", "state", "gradients"])
+def test_default_device_is_the_users_own(ranks, shard):
+    """What the package makes for itself is not where the user's new tensors are."""
+
+    def train(comm, device):
+        parameters = [torch.nn.Parameter(torch.ones(size)) for size in (3000, 3)]
+        with torch.device(device):
+            optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+            optimizer = heatopt.DataParallelOptimizer(optimizer, comm=comm, shard=shard)
+            for step in range(3):
+                optimizer.zero_grad()
+                loss = (parameters[0] * (comm.rank + 1)).sum()
+                (loss + parameters[1].sum() if step == 1 else loss).backward()
+                optimizer.step()
+            optimizer.state_dict()
+        return parameters
+
+    def body(comm):
+        assert all(map(torch.equal, train(comm, "meta"), train(comm, "cpu")))
+
+    ranks(body)
+
+
 def test_a_rank_that_fails_releases_the_others():
     def body(comm):
         memory = comm.allocate(100, torch.float32, torch.device("cpu"))

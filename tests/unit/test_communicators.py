@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import heatopt
-from heatopt.comm import Communicator, SingleCommunicator, ThreadWorld, Topology, TorchCommunicator
+from heatopt.comm import Communicator, ReduceOptions, SingleCommunicator, ThreadWorld, Topology, TorchCommunicator
 from heatopt.comm._work import Request, Stage, Steps, WorkQueue
 from heatopt.errors import (
     CheckpointError,
@@ -406,6 +406,17 @@ def test_late_rank_is_named() -> None:
 
     with pytest.raises(CollectiveTimeoutError, match=r"waited 0\.2 s .*late: .*1"):
         ThreadWorld(2, timeout=0.2).run(body)
+
+
+def test_late_rank_is_named_in_shared_memory() -> None:
+    def body(comm: Communicator) -> None:
+        memory = comm.allocate(8, torch.float32, torch.device("cpu"))
+        if comm.rank == 1:
+            time.sleep(1.0)
+        comm.reduce_bucket(memory, ReduceOptions(2, True), "a test")
+
+    with pytest.raises(CollectiveTimeoutError, match=r"rank 0 waited 0\.2 s in a test; late: rank 1"):
+        ThreadWorld(2, timeout=0.2, shared_memory=True).run(body)
 
 
 def test_operations_that_do_not_match_are_found() -> None:
