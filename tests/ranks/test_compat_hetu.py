@@ -357,7 +357,7 @@ def test_scaler_by_hetus_arguments() -> None:
         (hetu.AdamOptimizer, {"eps": -1.0}, ValueError, "epsilon"),
         (hetu.AdamOptimizer, {"start_wd": 0.1}, ValueError, "end_wd must be >= 0.1"),
         (hetu.AdamOptimizer, {"init_lr": 1.0}, ValueError, "at most"),
-        (hetu.AdamOptimizer, {"compression": 0.1}, TypeError, "unexpected keyword argument 'compression'"),
+        (hetu.AdamOptimizer, {"comprehension": 0.1}, TypeError, "unexpected keyword argument 'comprehension'"),
     ],
 )
 def test_wrong_arguments(kind: Any, changed: dict[str, Any], error: type[Exception], message: str) -> None:
