@@ -250,7 +250,8 @@ def main(arguments: Sequence[str]) -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--cores", type=int, default=available, help="cores to keep busy (default: %(default)s)")
     chosen = parser.parse_args(own)
-    for sign in (signal.SIGTERM, signal.SIGHUP):  # ends as by Ctrl-C: what is at work is stopped first
+    # Each ends as by Ctrl-C: what is at work is stopped first. A shell starts what is in the background deaf to SIGINT.
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, signal.default_int_handler)
     rings = chosen.ring or [Ring.parse(name) for name in ALL_RINGS]
     parts = [part for ring in rings for part in parts_of(ring, options, chosen.cores)]

@@ -297,7 +297,7 @@ def test_launcher_runs_the_tests_of_ranks_alone(
 
 
 @pytest.mark.parametrize(
-    ("kind", "left"), [("mpi", ["plain", "not skipped"]), ("none", ["plain", "not skipped", "one"])]
+    ("kind", "left"), [("mpi", ["plain", "not skipped"]), ("none", ["plain", "not skipped", "skipped"])]
 )
 def test_launcher_leaves_out_what_is_skipped_for_sure(
     monkeypatch: pytest.MonkeyPatch, kind: Literal["none", "mpi"], left: list[str]

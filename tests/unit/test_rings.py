@@ -124,20 +124,20 @@ def test_no_time_is_left(programs: Callable[[str], rings.Part]) -> None:
 def test_interrupted_run_stops_its_parts(
     programs: Callable[[str], rings.Part], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted = False
+    interrupted, there = False, tmp_path / "there"
 
     def sleep(seconds: float) -> None:
         nonlocal interrupted
-        if not interrupted and (tmp_path / "there").exists():
+        if not interrupted and there.exists() and there.read_text():
             interrupted = True
             raise KeyboardInterrupt
 
     monkeypatch.setattr(rings.time, "sleep", sleep)
-    source = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'there')!r}).write_text(str(os.getpid())); "
+    source = f"import os, pathlib, time; pathlib.Path({str(there)!r}).write_text(str(os.getpid())); "
     parts = [programs(source + "time.sleep(99)"), programs("import time; time.sleep(99)")]
     with pytest.raises(KeyboardInterrupt):
         rings.run_parts(parts, limit=60, total=60, cores=2)
-    process = int((tmp_path / "there").read_text())
+    process = int(there.read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 
