@@ -51,10 +51,13 @@ def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_namespaces_need_root_and_their_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for tool in ("ip", "tc", "unshare", "mpirun"):
+        (tmp_path / tool).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(SystemExit, match=r"only root may make network namespaces: .* or give --simulate"):
         compare_methods.main(["--out", str(tmp_path / "x")])
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match="ip, tc, unshare, mpirun not found"):
         compare_methods.main(["--out", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()

@@ -208,8 +208,10 @@ def test_other_directions_and_other_nodes_do_not_share() -> None:
 
 
 def local_training(comm: Communicator, make: Callable[..., torch.optim.Optimizer], steps: int = 11) -> bytes:
-    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    begin = torch.Generator().manual_seed(0)  # torch's own is that of all threads
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=begin)
     optimizer = make(torch.optim.AdamW(model.parameters(), lr=0.01), model=model, comm=comm)
     data = torch.Generator().manual_seed(comm.rank)
     for _ in range(steps):
