@@ -166,9 +166,11 @@ class CompressedReduction:
         (torch.view_as_real(total) if total.is_complex() else total).div_(self._divisor)
         present = list(map(any, zip(*(part.present for part in parts), strict=True)))
         self._bucket.put(total, present)
-        for position, left in self._left.items():
+        for position, slot in enumerate(self._bucket.plan.slots):
             if present[position]:  # otherwise there is no average, so nothing has been used
-                self._residuals.leave(self._bucket.plan.slots[position].index, left)
+                self._residuals.note_reduced(slot.index)
+                if position in self._left:
+                    self._residuals.leave(slot.index, self._left[position])
 
     def _positions(self, part: _Selection) -> torch.Tensor:
         """Where the values belong, among those of the whole bucket."""

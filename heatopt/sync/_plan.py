@@ -110,12 +110,12 @@ class GradientPlan:
         return [index for index, parameter in enumerate(self.parameters) if parameter.requires_grad]
 
     def compressed(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """Number and tensor, by name, of the parameters that may have a residual; equal on all ranks."""
+        """Number and tensor, by name, of the parameters that may have a residual, frozen or not; equal on all ranks."""
         sparse = {*self.sparse, *self._settings.sparse}
         return {
             name: (index, parameter)
             for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True))
-            if index in self.residuals or (parameter.requires_grad and index not in sparse)
+            if index in self.residuals or index not in sparse
         }
 
     def fingerprint(self) -> Fingerprint:

@@ -37,10 +37,12 @@ class Residuals:
         self._place = (comm.rank, comm.size)
         self._kept: dict[int, torch.Tensor] = {}  # flat, in the order of the parameter's indices
         self._next: dict[int, torch.Tensor | None] = {}  # after the last reduction; None: all has been sent
+        # Those that some rank may have something of, so that state dicts of all ranks have the same names.
+        self._known: set[int] = set()
         self.sent_bytes = 0
         """Bytes that this rank has handed over for each of the others, so far."""
         if contents is not None and contents["place"] == self._place:
-            self._kept, self._next = contents["kept"], contents["next"]
+            self._kept, self._next, self._known = contents["kept"], contents["next"], contents["known"]
         elif contents is not None and comm.size > 1:
             logger.warning(
                 "the copy of an optimizer has the residuals of rank %d of %d, this is rank %d of %d: it starts without",
@@ -54,6 +56,10 @@ class Residuals:
     def leave(self, index: int, residual: torch.Tensor | None) -> None:
         """A reduction has left this, which belongs to the residuals from now on."""
         self._next[index] = residual
+
+    def note_reduced(self, index: int) -> None:
+        """Some rank has had a gradient of this parameter, and may have a residual. Alike on all ranks."""
+        self._known.add(index)
 
     @property
     def are_open(self) -> bool:
@@ -81,10 +87,12 @@ class Residuals:
     # State dicts and copies
 
     def __contains__(self, index: int) -> bool:
-        return index in self._kept
+        return index in self._known
 
     def state(self, parameters: Mapping[str, tuple[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Those in use by the name of their parameter, in its shape; zeros for one that has none.
+        """Those in use by the name of their parameter, in its shape; zeros for one that has none here.
+
+        A frozen parameter is left out, unless some rank may have something of it.
 
         Args:
             parameters: number and tensor of each.
@@ -94,6 +102,7 @@ class Residuals:
             if index in self._kept
             else torch.zeros(parameter.shape, dtype=residual_dtype(parameter.dtype), device=parameter.device)
             for name, (index, parameter) in parameters.items()
+            if parameter.requires_grad or index in self._known
         }
 
     def load(self, saved: Mapping[str, torch.Tensor], parameters: Mapping[str, tuple[int, torch.Tensor]]) -> None:
@@ -103,6 +112,7 @@ class Residuals:
             ValueError: it has a name that no parameter has here, or a residual of another shape.
         """
         found: dict[int, torch.Tensor] = {}
+        known: set[int] = set()
         for name, residual in saved.items():
             if name not in parameters:
                 raise ValueError(
@@ -115,16 +125,17 @@ class Residuals:
                     f"the residual of {name!r} has shape {tuple(residual.shape)}, but the parameter "
                     f"{tuple(parameter.shape)}"
                 )
+            known.add(index)
             if residual.count_nonzero():
                 dtype = residual_dtype(parameter.dtype)
                 found[index] = residual.detach().to(parameter.device, dtype, copy=True).reshape(-1)
-        self._kept, self._next = found, {}
+        self._kept, self._next, self._known = found, {}, known
 
     def contents(self) -> Any:
         """What a copy of the optimizer needs; None if there is nothing."""
-        if not self._kept and not self._next:
+        if not self._known:
             return None
-        return {"kept": self._kept, "next": self._next, "place": self._place}
+        return {"kept": self._kept, "next": self._next, "known": self._known, "place": self._place}
 
 
 def residual_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -576,6 +576,42 @@ def test_checkpoint_at_another_number_of_ranks(tmp_path: Path, readers: int) -> 
         ThreadWorld(readers).run(lambda comm, shard=shard: read(comm, shard))
 
 
+@pytest.mark.parametrize("readers", [2, 3, 4])
+def test_checkpoint_of_a_layer_that_was_frozen(tmp_path: Path, readers: int) -> None:
+    """A rank may have sent all of it and another one not; it is frozen from the start where training goes on."""
+
+    def freeze(model: nn.Module) -> None:
+        for parameter in list(model.parameters())[:2]:
+            parameter.requires_grad_(False)
+
+    def write(comm: Communicator) -> list[torch.Tensor]:
+        model = net()
+        optimizer = wrap(comm, sgd, model, compression=heatopt.Threshold(0.5))
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1 * comm.rank)  # of which nothing waits on rank 0
+        optimizer.step()
+        freeze(model)
+        heatopt.save(tmp_path / "c", model=model, optimizer=optimizer)
+        return [total / comm.size for total in map(sum, zip(*comm.all_gather_object(full(optimizer, model))))]
+
+    def full(optimizer: heatopt.DataParallelOptimizer, model: nn.Module) -> list[torch.Tensor]:
+        found = residuals(optimizer)
+        return [found.get(name, torch.zeros_like(p.detach())) for name, p in model.named_parameters()]
+
+    expected = ThreadWorld(3).run(write)[0]
+    assert expected[0].count_nonzero()
+
+    def read(comm: Communicator) -> None:
+        model = net(seed=1)
+        freeze(model)
+        optimizer = wrap(comm, sgd, model, compression=heatopt.Threshold(0.5))
+        heatopt.load(tmp_path / "c", model=model, optimizer=optimizer)
+        mean = [total / comm.size for total in map(sum, zip(*comm.all_gather_object(full(optimizer, model))))]
+        assert_close(mean, expected)
+
+    ThreadWorld(readers).run(read)
+
+
 # What is refused
 
 
