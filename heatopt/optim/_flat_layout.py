@@ -54,6 +54,7 @@ class Layout:
         self._with_order = [parameter for parameter in self.flat if parameter.dim() > 1]
         self._orders = [parameter.stride() for parameter in self._with_order]
         self._addresses = list(map(torch.Tensor.data_ptr, self.flat))
+        self._sizes = list(map(torch.Tensor.numel, self.flat))
         self._values: list[Any] | None = None  # of the states
         self._contents: list[list[object]] = []
 
@@ -62,6 +63,7 @@ class Layout:
         return (
             _same_objects(_parameters_of(groups), self.parameters)
             and list(map(torch.Tensor.data_ptr, self.flat)) == self._addresses
+            and list(map(torch.Tensor.numel, self.flat)) == self._sizes  # the first part of one has its address
             and list(map(torch.Tensor.stride, self._with_order)) == self._orders
             and _switches_of(groups) == self._switches
         )

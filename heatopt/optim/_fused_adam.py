@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from heatopt.optim._data_parallel import DataParallelOptimizer
 __all__ = ["FusedAdam"]
 
 _AVERAGES = frozenset(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+_SHAPE = attrgetter("shape")
 _Place = tuple[dict[str, Any], str, torch.Tensor]
 
 
@@ -51,7 +52,7 @@ class FusedAdam(DataParallelOptimizer):
     _model: Any = None  # weak: an optimizer keeps no module alive; None where there is none, and in copies
     _places: Sequence[_Place] = ()
     _known: Sequence[Any] | None = None  # the parameters; in a copy None, until its first step
-    _addresses: Sequence[int] = ()  # of the parameters, at the last step
+    _memory_known: Sequence[Any] = ()  # address and shape of the parameters after the last step
 
     def __init__(
         self,
@@ -73,14 +74,17 @@ class FusedAdam(DataParallelOptimizer):
     def step(self, closure: Closure | None = None, *, weight: float | None = None) -> Any:
         parameters = self._parameters()
         self._check_groups(parameters)
-        addresses = list(map(torch.Tensor.data_ptr, parameters))
-        if addresses != self._addresses:
+        exchanged = _memory_of(parameters) != self._memory_known
+        if exchanged:
             for position, parameter in enumerate(parameters):
                 self._fit_state(position, parameter)
-            self._addresses = addresses
         if not all(place.get(name) is parameter for place, name, parameter in self._places):
             self._check_module()
-        return super().step(closure, weight=weight)
+        result = super().step(closure, weight=weight)
+        if exchanged:
+            # Where they are now, in flat memory, no other tensor can come to lie; where they were, one may.
+            self._memory_known = _memory_of(parameters)
+        return result
 
     step.hooked = True  # type: ignore[attr-defined]  # as in the base class
 
@@ -140,3 +144,8 @@ class FusedAdam(DataParallelOptimizer):
                     "p.copy_(value) to change a parameter, or make a new optimizer"
                 )
         self._places = self._find_places(model)
+
+
+def _memory_of(parameters: Sequence[torch.Tensor]) -> list[Any]:
+    """Where parameters are; with their shapes, since a part or another view of one may begin at its address."""
+    return [*map(torch.Tensor.data_ptr, parameters), *map(_SHAPE, parameters)]

@@ -210,6 +210,24 @@ def test_transposed_where_it_is() -> None:
     assert torch.equal(parameters[4].detach(), before.t().add(gradient, alpha=-0.1))
 
 
+def test_parts_of_what_they_were() -> None:
+    """They begin at the same address, with the same strides."""
+    runs = []
+    for fuse in (True, False):
+        parameters = [nn.Parameter(torch.ones(shape)) for shape in ((6,), (5, 3))]
+        optimizer = torch.optim.SGD(parameters, lr=0.5)
+        if fuse:
+            optimizer = heatopt.DataParallelOptimizer(optimizer, fuse=True)
+        for length in (6, 3, 3, 2):
+            for parameter in parameters:
+                parameter.data = parameter.data[:length]
+                parameter.grad = torch.arange(float(parameter.numel())).view(parameter.shape)
+            optimizer.step()
+        runs.append([parameter.detach() for parameter in parameters])
+    for ours, theirs in zip(*runs, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_what_was_replaced_is_left_alone() -> None:
     """Memory that a parameter or state has been taken out of may be somebody's backup."""
     parameters = make_parameters()

@@ -200,21 +200,38 @@ def test_other_precision_takes_the_state_along(ranks: Ranks) -> None:
     ranks(body)
 
 
-def test_data_of_another_shape_are_refused(ranks: Ranks) -> None:
+@pytest.mark.parametrize("other", [lambda data: torch.zeros(2, 2), lambda data: data[:2, :2], lambda data: data[:1]])
+def test_data_of_another_shape_are_refused(ranks: Ranks, other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Also a part of the former data, which begins at the same address."""
+
     def body(comm: Communicator) -> None:
         model, optimizer, _, _ = twins(comm)
         first = next(model.parameters())
         kept = first.data
         before = [t.clone() for t in tensors_of(optimizer)]
-        first.data = torch.zeros(2, 2)
-        first.grad = torch.ones(2, 2)
-        with pytest.raises(ValueError, match=r"'0\.weight' has another shape, \(2, 2\), than its state, \(6, 4\): del"):
+        first.data = other(kept)
+        first.grad = torch.ones_like(first)
+        with pytest.raises(ValueError, match=r"'0\.weight' has another shape, \(., .\), than its state, \(6, 4\): del"):
             optimizer.step()
         assert_equal(tensors_of(optimizer), before)
         first.data = kept
         train(optimizer, model, [batch(2, comm.rank, dtype=torch.float32)])
 
     ranks(body)
+
+
+def test_other_data_where_the_parameter_once_was() -> None:
+    """Where it was before its first step, other tensors may lie after that, of another dtype too."""
+    parameter = nn.Parameter(torch.ones(8))
+    once = parameter.data
+    optimizer = heatopt.FusedAdam([parameter])
+    parameter.grad = torch.ones(8)
+    optimizer.step()
+    parameter.data = once.view(torch.bfloat16)[:8].zero_()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert {optimizer.state[parameter][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+    assert torch.equal(parameter.detach(), torch.full((8,), -1e-3, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("replacement", [nn.Parameter(torch.ones(3)), None], ids=["another", "None"])
