@@ -81,6 +81,7 @@ class LateOptimizer:
         self._options = dict(options)
         self._wrap: Wrap = DataParallelOptimizer
         self._expected: torch.nn.Module | None = None
+        self._is_part = False  # the parameters are a var_list; the graph of a loss may have others
         self._wrapped: Any = None
         self._scheduler: ParamScheduler | None = None
 
@@ -162,12 +163,13 @@ class LateOptimizer:
             The loss, without its graph.
 
         Raises:
-            ValueError: at the first loss, the ranks' parameters differ; or ``var_list`` has others than known.
+            ValueError: at the first loss, the ranks' parameters differ; or ``var_list`` has others than known, or is
+                left out while the loss has others than were chosen at first.
         """
         if self._wrapped is None:
             self._start_from(loss, var_list, grad_loss)
         else:
-            self._require_known(var_list)
+            self._require_known(leaves_of(loss) if var_list is None and self._is_part else var_list)
             self.wrapped.zero_grad()
             with nullcontext() if clip is None else self.wrapped.no_sync():
                 torch.autograd.backward(loss, grad_loss, inputs=var_list)
@@ -190,6 +192,7 @@ class LateOptimizer:
         if self._expected is not None:
             parameters: list[torch.Tensor] = list(self._expected.parameters())
         else:
+            self._is_part = var_list is not None
             parameters = leaves_of(loss) if var_list is None else list(var_list)
         for parameter in parameters:
             parameter.grad = None
@@ -210,6 +213,7 @@ class LateOptimizer:
         known = {id(parameter) for group in self.wrapped.param_groups for parameter in group["params"]}
         if any(id(variable) not in known for variable in var_list or ()):
             raise ValueError(
-                "var_list has a tensor that is not among the optimizer's parameters, which are those of the first "
-                "loss: give all of them to the optimizer (params=), or make another one for the others"
+                "var_list, or the loss if there is none, has a tensor that is not among the optimizer's parameters, "
+                "which are those of the first call: give all of them to the optimizer (params=), or make another one "
+                "for the others"
             )

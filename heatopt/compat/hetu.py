@@ -46,7 +46,8 @@ class _Optimizer(LateOptimizer):
         Args:
             loss: of this rank. Gradients that were there before do not count.
             var_list: what to update. None: all variables, which are those given as ``params``, or else those that
-                require gradients in the graph of the first loss. A variable without a gradient on any rank stays.
+                require gradients in the graph of the first loss. A list at the first loss is all that there ever are.
+                A variable without a gradient on any rank stays.
             grad_loss: the gradient with respect to the loss; 1 if not given.
             name: of the operation, in Hetu's graph; there is no graph here.
 
@@ -54,7 +55,8 @@ class _Optimizer(LateOptimizer):
             The loss, without its graph: the update is done.
 
         Raises:
-            ValueError: the ranks' parameters differ at the first loss; or ``var_list`` has other variables than known.
+            ValueError: the ranks' parameters differ at the first loss; or there are other variables than known in
+                ``var_list``, or in the loss without one if the first had one.
         """
         return self.update(loss, var_list, grad_loss)
 

@@ -171,8 +171,28 @@ def test_var_list_and_grad_loss(ranks: Ranks) -> None:
                 for number in (0, 3):
                     list(expected.parameters())[number].sub_(0.1 * 3.0 * found[number])
         assert_close(model, expected)
-        with pytest.raises(ValueError, match="var_list has a tensor that is not among"):
+        with pytest.raises(ValueError, match="var_list, or the loss .* has a tensor that is not among"):
             optimizer.minimize(loss_of(model, batch(3, comm.rank)), var_list=[torch.ones(2, requires_grad=True)])
+
+    ranks(body)
+
+
+def test_var_list_at_the_first_loss(ranks: Ranks) -> None:
+    """Without it all variables are meant later, of which the others could not be updated: no silence about that."""
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        optimizer = sgd(comm)
+        chosen = list(model.parameters())[:2]
+        optimizer.minimize(loss_of(model, batch(0, comm.rank)), var_list=chosen)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with pytest.raises(ValueError, match="or the loss if there is none, has a tensor that is not among"):
+            optimizer.minimize(loss_of(model, batch(1, comm.rank)))
+        assert_equal([parameter.detach() for parameter in model.parameters()], before)
+        for parameter in list(model.parameters())[2:]:
+            parameter.requires_grad_(False)
+        optimizer.minimize(loss_of(model, batch(1, comm.rank)))
+        assert not any(torch.equal(parameter.detach(), kept) for parameter, kept in zip(chosen, before, strict=False))
 
     ranks(body)
 
