@@ -12,7 +12,7 @@ parameter on that rank as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,10 @@ class Residuals:
     def roll_back(self) -> None:
         """The averages will not be used."""
         self._next = {}
+
+    def roll_back_missing(self, parameters: Sequence[torch.Tensor]) -> None:
+        """The same for parameters without a gradient: copies, made between a reduction and the update, have none."""
+        self._next = {index: left for index, left in self._next.items() if parameters[index].grad is not None}
 
     def rescale(self, factor: float) -> None:
         """Gradients come multiplied by ``factor`` from now on."""

@@ -171,7 +171,7 @@ def test_var_list_and_grad_loss(ranks: Ranks) -> None:
                 for number in (0, 3):
                     list(expected.parameters())[number].sub_(0.1 * 3.0 * found[number])
         assert_close(model, expected)
-        with pytest.raises(ValueError, match="var_list, or the loss .* has a tensor that is not among"):
+        with pytest.raises(ValueError, match=r"var_list, or the loss .* has a tensor that is not among"):
             optimizer.minimize(loss_of(model, batch(3, comm.rank)), var_list=[torch.ones(2, requires_grad=True)])
 
     ranks(body)

@@ -537,6 +537,31 @@ def test_training_goes_on_with_the_same_bits(ranks: Ranks, tmp_path: Path, how: 
     ranks(body, min_size=2)
 
 
+@pytest.mark.parametrize("keeps_gradients", [False, True])
+def test_copies_between_backward_and_step(ranks: Ranks, keeps_gradients: bool) -> None:
+    """torch copies no gradient of an nn.Parameter: what was sent of it is not used there, so it still waits."""
+
+    def body(comm: Communicator) -> None:
+        start = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+        if not keeps_gradients:
+            start = nn.Parameter(start.detach())
+        optimizer = heatopt.DataParallelOptimizer(torch.optim.SGD([start], lr=1.0), comm=comm, compression=TOP)
+        total = torch.zeros(7, dtype=torch.float64)
+        for step in range(4):
+            optimizer.zero_grad()
+            given = [torch.arange(7.0, dtype=torch.float64).roll(3 * step + rank) for rank in range(comm.size)]
+            (start * given[comm.rank]).sum().backward()
+            if step == 2:
+                start, optimizer = copy.deepcopy((start, optimizer))
+            if start.grad is not None:
+                total += sum(given) / comm.size
+            optimizer.step()
+        (own,) = residuals(optimizer).values()
+        assert_close([sum(comm.all_gather_object(own)) / comm.size - start.detach()], [total])
+
+    ranks(body, min_size=2)
+
+
 def test_plain_optimizers_take_the_state_dict(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         model, plain = net(), net()
