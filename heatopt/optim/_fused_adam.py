@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from heatopt.optim._data_parallel import DataParallelOptimizer
 __all__ = ["FusedAdam"]
 
 _AVERAGES = frozenset(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-_SHAPE = attrgetter("shape")
 _Place = tuple[dict[str, Any], str, torch.Tensor]
 
 
@@ -148,4 +147,4 @@ class FusedAdam(DataParallelOptimizer):
 
 def _memory_of(parameters: Sequence[torch.Tensor]) -> list[Any]:
     """Where parameters are; with their shapes, since a part or another view of one may begin at its address."""
-    return [*map(torch.Tensor.data_ptr, parameters), *map(_SHAPE, parameters)]
+    return [*map(torch.Tensor.data_ptr, parameters), *map(torch.Tensor.size, parameters)]
