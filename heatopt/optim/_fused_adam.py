@@ -135,11 +135,14 @@ class FusedAdam(DataParallelOptimizer):
         if model is None:
             return
         present = {id(parameter) for parameter in model.parameters()}
-        for _, name, parameter in self._places:
-            if id(parameter) not in present:
+        own = {id(parameter) for parameter in self._parameters()}
+        for place, name, parameter in self._places:
+            stranger = place.get(name) is not None and id(place[name]) not in own  # for one that is tied elsewhere
+            if stranger or id(parameter) not in present:
+                where = "at each of its places in" if id(parameter) in present else "in"
                 raise ValueError(
-                    f"parameter {self._names.get(id(parameter), name)!r} is no longer in the model: it was replaced or "
-                    "removed, so this optimizer would update one that nothing uses; write p.data = value or "
+                    f"parameter {self._names.get(id(parameter), name)!r} is no longer {where} the model: it was "
+                    "replaced or removed, so this optimizer would update one that nothing uses there; write p.data = value or "
                     "p.copy_(value) to change a parameter, or make a new optimizer"
                 )
         self._places = self._find_places(model)

@@ -247,6 +247,19 @@ def test_parameter_that_left_the_module_is_named(ranks: Ranks, replacement: nn.P
     ranks(body)
 
 
+def test_tied_parameter_that_was_replaced_in_one_place() -> None:
+    """It is still in the model, but what took its place is not updated by anyone."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    optimizer = heatopt.FusedAdam(model.parameters(), model=model)
+    model(torch.ones(2, 3)).sum().backward()
+    model[1].weight = nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"parameter '0\.weight' is no longer at each of its places in the model"):
+        optimizer.step()
+    model[1].weight = model[0].weight
+    optimizer.step()
+
+
 def test_parameter_that_moved_within_the_module_is_no_other(ranks: Ranks) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
