@@ -142,8 +142,8 @@ class FusedAdam(DataParallelOptimizer):
                 where = "at each of its places in" if id(parameter) in present else "in"
                 raise ValueError(
                     f"parameter {self._names.get(id(parameter), name)!r} is no longer {where} the model: it was "
-                    "replaced or removed, so this optimizer would update one that nothing uses there; write p.data = value or "
-                    "p.copy_(value) to change a parameter, or make a new optimizer"
+                    "replaced or removed, so this optimizer would update one that nothing uses there; write "
+                    "p.data = value or p.copy_(value) to change a parameter, or make a new optimizer"
                 )
         self._places = self._find_places(model)
 
