@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from heatopt.sharding._masters import MASTER, Masters
-from heatopt.sharding._states import States, Wanted, uncast
+from heatopt.sharding._states import AroundStates, States, uncast
 
 __all__ = ["MASTERS", "MasterStates"]
 
@@ -17,7 +16,7 @@ MASTERS = "master_weights"
 """The entry of a state dict that has all masters, by the number of their parameter there."""
 
 
-class MasterStates(States):
+class MasterStates(AroundStates):
     """The states of an optimizer with masters.
 
     Args:
@@ -27,8 +26,7 @@ class MasterStates(States):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, states: States, masters: Masters) -> None:
-        super().__init__(optimizer)
-        self._states = states
+        super().__init__(optimizer, states)
         self._masters = masters
         masters.widen_states(optimizer)
 
@@ -72,15 +70,6 @@ class MasterStates(States):
     def state_dict_in_parts(self) -> dict[str, Any]:
         return _with_masters_beside(self._states.state_dict_in_parts())
 
-    def wanted_elements(self) -> Wanted | None:
-        return self._states.wanted_elements()
-
-    def hold_parts(self, order: Sequence[int]) -> None:
-        self._states.hold_parts(order)
-
-    def get(self, parameter: torch.Tensor) -> dict[str, Any]:
-        return self._states.get(parameter)
-
     def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
         """Replace one entry; a new master becomes the value of its parameter too, rounded."""
         if name == MASTER:
@@ -90,18 +79,9 @@ class MasterStates(States):
             value = torch.as_tensor(value).to(parameter.device, self._masters.dtype)
             if value.shape != parameter.shape:
                 raise ValueError(f"state {name!r} has shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
-        self._states.set(parameter, name, value)
+        super().set(parameter, name, value)
         if name == MASTER:
-            self._states.write(parameter, value)
-
-    def gather(self, root: int | None = None) -> None:
-        self._states.gather(root)
-
-    def kept_whole(self) -> AbstractContextManager[None]:
-        return self._states.kept_whole()
-
-    def layout(self) -> Any:
-        return self._states.layout()
+            self.write(parameter, value)
 
 
 def _numbers(state_dict: dict[str, Any]) -> list[Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from heatopt.sharding._states import States, Wanted
+from heatopt.sharding._states import AroundStates, States
 from heatopt.sync import Residuals
 
 __all__ = ["RESIDUALS", "ResidualStates"]
@@ -17,7 +16,7 @@ RESIDUALS = "residuals"
 """The entry of a state dict that has this rank's residuals, by the name of their parameter."""
 
 
-class ResidualStates(States):
+class ResidualStates(AroundStates):
     """The states of an optimizer whose gradients are compressed.
 
     Args:
@@ -34,8 +33,7 @@ class ResidualStates(States):
         residuals: Residuals,
         compressed: Callable[[], dict[str, tuple[int, torch.Tensor]]],
     ) -> None:
-        super().__init__(optimizer)
-        self._states = states
+        super().__init__(optimizer, states)
         self._residuals = residuals
         self._compressed = compressed
 
@@ -52,24 +50,6 @@ class ResidualStates(States):
 
     def _with_residuals(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return {**state_dict, RESIDUALS: self._residuals.state(self._compressed())}
-
-    def wanted_elements(self) -> Wanted | None:
-        return self._states.wanted_elements()
-
-    def hold_parts(self, order: Sequence[int]) -> None:
-        self._states.hold_parts(order)
-
-    def get(self, parameter: torch.Tensor) -> dict[str, Any]:
-        return self._states.get(parameter)
-
-    def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
-        self._states.set(parameter, name, value)
-
-    def gather(self, root: int | None = None) -> None:
-        self._states.gather(root)
-
-    def kept_whole(self) -> AbstractContextManager[None]:
-        return self._states.kept_whole()
 
     def layout(self) -> Any:
         return self._states.layout(), self._residuals.contents()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry", "uncast"]
+__all__ = ["AroundStates", "States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry", "uncast"]
 
 Wanted = Callable[[int, str, torch.Size], tuple[int, int] | None]
 """First and end element of what a rank takes of a state; None if it takes no state of that parameter.
@@ -90,6 +90,43 @@ class States(ABC):
     @abstractmethod
     def layout(self) -> Any:
         """What a copy of the optimizer needs beside its attributes."""
+
+
+class AroundStates(States):
+    """States that are held by others; a subclass adds to what these do.
+
+    Args:
+        optimizer: whose states they are.
+        states: hold them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, states: States) -> None:
+        super().__init__(optimizer)
+        self._states = states
+
+    def wanted_elements(self) -> Wanted | None:
+        return self._states.wanted_elements()
+
+    def hold_parts(self, order: Sequence[int]) -> None:
+        self._states.hold_parts(order)
+
+    def get(self, parameter: torch.Tensor) -> dict[str, Any]:
+        return self._states.get(parameter)
+
+    def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
+        self._states.set(parameter, name, value)
+
+    def write(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
+        self._states.write(parameter, value)
+
+    def gather(self, root: int | None = None) -> None:
+        self._states.gather(root)
+
+    def kept_whole(self) -> AbstractContextManager[None]:
+        return self._states.kept_whole()
+
+    def layout(self) -> Any:
+        return self._states.layout()
 
 
 class WholeStates(States):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from heatopt import DataParallelOptimizer
+from heatopt import DataParallelOptimizer, GradScaler
 from tests.support import parity
 from tests.support.problems import Net
 from tests.support.training import SMALL_BUCKET_MB
@@ -56,3 +56,14 @@ def assert_alike(
         assert_close(results, tolerance)
     else:
         assert_same_bits(results)
+
+
+def train_scaled(net: Net, optimizer: Any, losses: Sequence[Any]) -> float:
+    """Train with a GradScaler and one overflow; return its last scale."""
+    scaler = GradScaler("cpu", init_scale=16.0)
+    for number, loss in enumerate([*losses, *losses]):
+        optimizer.zero_grad()
+        scaler.scale(loss() * (float("inf") if number == 1 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return scaler.get_scale()

@@ -15,7 +15,7 @@ import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError, RankFailedError
-from tests.ranks._sharding import SHARDS, assert_alike, assert_same_bits
+from tests.ranks._sharding import SHARDS, assert_alike, assert_same_bits, train_scaled
 from tests.support import parity
 from tests.support.problems import Net
 from tests.support.ranks import Ranks
@@ -81,16 +81,7 @@ def test_state_dict_between_accumulated_backwards(ranks: Ranks, shard: str) -> N
 
 
 def test_grad_scaler(ranks: Ranks) -> None:
-    def run(net: Net, optimizer: Any, losses: Any) -> float:
-        scaler = heatopt.GradScaler("cpu", init_scale=16.0)
-        for number, loss in enumerate(losses * 2):
-            optimizer.zero_grad()
-            scaler.scale(loss() * (float("inf") if number == 1 else 1)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        return scaler.get_scale()
-
-    ranks(lambda comm: assert_alike(comm, adamw, run))
+    ranks(lambda comm: assert_alike(comm, adamw, train_scaled))
 
 
 def test_join(ranks: Ranks) -> None:

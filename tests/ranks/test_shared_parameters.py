@@ -18,6 +18,7 @@ from torch import nn
 import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator, ThreadWorld
+from tests.ranks._sharding import train_scaled
 from tests.ranks.test_exactness import make_net
 from tests.support import parity
 from tests.support.algorithms import Case, default_cases
@@ -217,16 +218,6 @@ def clipping_and_accumulation(net: Net, optimizer: Any, losses: list[Any]) -> An
     return norms
 
 
-def grad_scaler(net: Net, optimizer: Any, losses: list[Any]) -> Any:
-    scaler = heatopt.GradScaler("cpu", init_scale=16.0)
-    for number, loss in enumerate(losses * 2):
-        optimizer.zero_grad()
-        scaler.scale(loss() * (float("inf") if number == 1 else 1)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    return scaler.get_scale()
-
-
 def closures(net: Net, optimizer: Any, losses: list[Any]) -> None:
     train(optimizer, losses, use_closure=True)
 
@@ -284,7 +275,7 @@ def added_group(net: Net, optimizer: Any, losses: list[Any]) -> Any:
 
 
 RUNS = [
-    *(clipping_and_accumulation, grad_scaler, closures, join, frozen, converted, other_data, written, state_dict),
+    *(clipping_and_accumulation, train_scaled, closures, join, frozen, converted, other_data, written, state_dict),
     added_group,
 ]
 
