@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from heatopt.optim._flat_kinds import SameKind
 from heatopt.optim._flat_layout import Layout
 from heatopt.optim._flat_memory import LARGE, Run
 from heatopt.sharding import HookedStep
@@ -154,6 +155,7 @@ class FlatStepper:
         self._layout: Layout | None = None
         # What the runs were made for:
         self._kinds: Sequence[object] = ()
+        self._same_kind = SameKind(())  # as these gradients
         self._breaks: list[int] | None = None
         self._active: list[int] = []  # places in the layout
         self._active_indices: list[int] = []
@@ -188,18 +190,22 @@ class FlatStepper:
         optimizer = self._optimizer
         layout, self._layout = self._layout, None  # none if anything below fails
         if layout is None or not layout.is_current(optimizer.param_groups):
+            self._before_moving()
             layout = Layout(optimizer.param_groups)
             self._kinds = ()
         if not layout.attach_states(optimizer.state):
             self._kinds = ()
         gradients: list[torch.Tensor | None] = list(map(_GRADIENT, layout.parameters))
-        kinds = _kinds_of(gradients)
+        same_kind = bool(self._kinds) and self._same_kind(gradients)
+        kinds = self._kinds if same_kind else _kinds_of(gradients)
         fresh = kinds != self._kinds
         if fresh:
             self._kinds = kinds
             self._choose(layout, kinds)
+        if not same_kind:
+            self._same_kind = SameKind(() if None in kinds or False in kinds else gradients)
         active: list[Any] = [gradients[index] for index in self._active_indices]
-        breaks = self._find_breaks(active, fresh)
+        breaks = self._find_breaks(active, fresh, same_kind)
         if fresh or breaks != self._breaks:
             self._breaks = breaks
             self._make_runs(layout)
@@ -211,6 +217,9 @@ class FlatStepper:
             _sort_states(optimizer.state, known, layout.parameters)
         layout.remember_contents()
         self._layout = layout
+
+    def _before_moving(self) -> None:
+        """For a subclass: parameters are new, or were exchanged, and are about to move into flat memory."""
 
     def _choose(self, layout: Layout, kinds: Sequence[object]) -> None:
         """Decide which parameters are updated in flat memory in this step, and which as they are."""
@@ -238,11 +247,12 @@ class FlatStepper:
             if kind is not None and index not in chosen:
                 self._others.setdefault(layout.group_of[index], []).append(parameter)
 
-    def _find_breaks(self, gradients: Sequence[torch.Tensor], fresh: bool) -> list[int] | None:
+    def _find_breaks(self, gradients: Sequence[torch.Tensor], fresh: bool, same_kind: bool) -> list[int] | None:
         """Where gradients do not lie in memory as their parameters do; None if they are best copied."""
         if not fresh and self._breaks is None and _apart(gradients, self._offsets):
             return None
-        if list(map(torch.Tensor.stride, gradients)) != self._strides:
+        same_strides = same_kind and self._breaks is not None
+        if not same_strides and list(map(torch.Tensor.stride, gradients)) != self._strides:
             return None
         addresses = list(map(torch.Tensor.data_ptr, gradients))
         if not fresh and self._breaks is not None and addresses == self._addresses and self._share_memory(gradients):

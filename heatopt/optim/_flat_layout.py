@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 
 from heatopt._log import logger
 from heatopt.buckets import find_overlaps
+from heatopt.optim._flat_kinds import SameKind, kinds_of
 from heatopt.optim._flat_memory import Run, can_be_flat, make_spaces
 
 __all__ = ["Layout"]
@@ -51,10 +52,9 @@ class Layout:
         """Of the same: the place, in bytes from the start of their space."""
         self.strides = [parameter.stride() for parameter in self.flat]
         """Of the same: the strides."""
-        self._with_order = [parameter for parameter in self.flat if parameter.dim() > 1]
-        self._orders = [parameter.stride() for parameter in self._with_order]
         self._addresses = list(map(torch.Tensor.data_ptr, self.flat))
-        self._sizes = list(map(torch.Tensor.numel, self.flat))
+        self._kinds = kinds_of(self.flat)
+        self._same_kind = SameKind(self.flat)
         self._values: list[Any] | None = None  # of the states
         self._contents: list[list[object]] = []
 
@@ -63,14 +63,21 @@ class Layout:
         return (
             _same_objects(_parameters_of(groups), self.parameters)
             and list(map(torch.Tensor.data_ptr, self.flat)) == self._addresses
-            and list(map(torch.Tensor.numel, self.flat)) == self._sizes  # the first part of one has its address
-            and list(map(torch.Tensor.stride, self._with_order)) == self._orders
+            and self._have_kept_kind()  # the first part of one, or a view of it, has its address
             and _switches_of(groups) == self._switches
         )
 
+    def _have_kept_kind(self) -> bool:
+        if self._same_kind(self.flat):
+            return True
+        if kinds_of(self.flat) != self._kinds:
+            return False
+        self._same_kind = SameKind(self.flat)  # another thing has changed, such as requires_grad
+        return True
+
     def attach_states(self, state: Mapping[Any, Any]) -> bool:
         """Move into flat memory what of ``state`` is not there; return False if there was something."""
-        if self._values is None or not _holds(state, self._values):
+        if self._values is None or not _same_objects(_values_of(state), self._values):
             for space in self._spaces:
                 space.attach_states(state)
             self._values = _values_of(state)
@@ -100,21 +107,11 @@ class Layout:
 
 
 def _parameters_of(groups: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
-    return [parameter for group in groups for parameter in group["params"]]
+    return list(chain.from_iterable(map(itemgetter("params"), groups)))
 
 
 def _same_objects(found: Sequence[Any], expected: Sequence[Any]) -> bool:
     return len(found) == len(expected) and all(map(is_, found, expected))
-
-
-def _holds(state: Mapping[Any, Any], values: Sequence[Any]) -> bool:
-    """``_same_objects(_values_of(state), values)`` without a list of them."""
-    try:
-        if sum(map(len, state.values())) == len(values):
-            return all(map(is_, chain.from_iterable(map(dict.values, state.values())), values))
-    except TypeError:
-        return _same_objects(_values_of(state), values)
-    return False
 
 
 def _switches_of(groups: Sequence[dict[str, Any]]) -> list[Any]:

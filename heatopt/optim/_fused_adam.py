@@ -6,17 +6,38 @@ import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from heatopt.optim._closures import Closure
 from heatopt.optim._data_parallel import DataParallelOptimizer
+from heatopt.optim._flat import FlatStepper
+from heatopt.optim._flat_kinds import SameKind
 
 __all__ = ["FusedAdam"]
 
 _AVERAGES = frozenset(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-_Place = tuple[dict[str, Any], str, torch.Tensor]
+
+
+class _Places(NamedTuple):
+    """Where a module keeps parameters: ``holders[n][names[n]] is parameters[n]``."""
+
+    holders: list[dict[str, Any]]
+    names: list[str]
+    parameters: list[torch.Tensor]
+
+    def hold(self) -> bool:
+        """True if all parameters are there."""
+        return all(map(is_, map(dict.get, self.holders, self.names), self.parameters))
+
+
+class _TakesStatesAlong(FlatStepper):
+    """Where parameters go, to another dtype or device, their states follow."""
+
+    def _before_moving(self) -> None:
+        for parameter, state in self._optimizer.state.items():
+            state.update({key: state[key].to(parameter) for key in _AVERAGES & state.keys()})
 
 
 class FusedAdam(DataParallelOptimizer):
@@ -49,9 +70,9 @@ class FusedAdam(DataParallelOptimizer):
     """
 
     _model: Any = None  # weak: an optimizer keeps no module alive; None where there is none, and in copies
-    _places: Sequence[_Place] = ()
+    _places = _Places([], [], [])
+    _same_kind = SameKind(())  # as the parameters had when their shapes were checked
     _known: Sequence[Any] | None = None  # the parameters; in a copy None, until its first step
-    _memory_known: Sequence[Any] = ()  # address and shape of the parameters after the last step
 
     def __init__(
         self,
@@ -70,20 +91,19 @@ class FusedAdam(DataParallelOptimizer):
             self._model = weakref.ref(options["model"])
             self._places = self._find_places(options["model"])
 
+    def _assemble(self, torch_optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        super()._assemble(torch_optimizer, *arguments)
+        self._stepper = _TakesStatesAlong(torch_optimizer)
+
     def step(self, closure: Closure | None = None, *, weight: float | None = None) -> Any:
         parameters = self._parameters()
         self._check_groups(parameters)
-        exchanged = _memory_of(parameters) != self._memory_known
-        if exchanged:
-            for position, parameter in enumerate(parameters):
-                self._fit_state(position, parameter)
-        if not all(place.get(name) is parameter for place, name, parameter in self._places):
+        if not self._same_kind(parameters):
+            self._check_shapes(parameters)
+            self._same_kind = SameKind(parameters)
+        if not self._places.hold():
             self._check_module()
-        result = super().step(closure, weight=weight)
-        if exchanged:
-            # Where they are now, in flat memory, no other tensor can come to lie; where they were, one may.
-            self._memory_known = _memory_of(parameters)
-        return result
+        return super().step(closure, weight=weight)
 
     step.hooked = True  # type: ignore[attr-defined]  # as in the base class
 
@@ -107,27 +127,29 @@ class FusedAdam(DataParallelOptimizer):
             "p.data = value to change a parameter, call add_param_group() for a new one, or make a new optimizer"
         )
 
-    def _fit_state(self, position: int, parameter: torch.Tensor) -> None:
-        """Take the state along to the parameter's present dtype and device."""
-        state = self.state.get(parameter, {})
-        for key in _AVERAGES & state.keys():
-            if state[key].shape != parameter.shape:
-                name, shape = self._names.get(id(parameter), position), tuple(parameter.shape)
-                raise ValueError(
-                    f"parameter {name!r} has another shape, {shape}, than its state, {tuple(state[key].shape)}: "
-                    "delete that (del optimizer.state[p]) to start anew, or make a new optimizer"
-                )
-            state[key] = state[key].to(parameter)
+    def _check_shapes(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise ValueError if a state no longer has its parameter's shape."""
+        for position, parameter in enumerate(parameters):
+            state = self.state.get(parameter, {})
+            for found in (tuple(state[key].shape) for key in _AVERAGES & state.keys()):
+                if found != tuple(parameter.shape):
+                    raise ValueError(
+                        f"parameter {self._names.get(id(parameter), position)!r} has another shape, "
+                        f"{tuple(parameter.shape)}, than its state, {found}: delete that (del optimizer.state[p]) to "
+                        "start anew, or make a new optimizer"
+                    )
 
-    def _find_places(self, model: torch.nn.Module) -> list[_Place]:
+    def _find_places(self, model: torch.nn.Module) -> _Places:
         """Where the module keeps the optimizer's parameters."""
         own = {id(parameter) for parameter in self._parameters()}
-        return [
-            (module._parameters, name, parameter)
-            for module in model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in own
-        ]
+        places = _Places([], [], [])
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in own:
+                    places.holders.append(module._parameters)
+                    places.names.append(name)
+                    places.parameters.append(parameter)
+        return places
 
     def _check_module(self) -> None:
         """Raise ValueError if a parameter has left the module; it may have moved within it (by a parametrization)."""
@@ -136,8 +158,8 @@ class FusedAdam(DataParallelOptimizer):
             return
         present = {id(parameter) for parameter in model.parameters()}
         own = {id(parameter) for parameter in self._parameters()}
-        for place, name, parameter in self._places:
-            stranger = place.get(name) is not None and id(place[name]) not in own  # for one that is tied elsewhere
+        for holder, name, parameter in zip(*self._places, strict=True):
+            stranger = holder.get(name) is not None and id(holder[name]) not in own  # for one that is tied elsewhere
             if stranger or id(parameter) not in present:
                 where = "at each of its places in" if id(parameter) in present else "in"
                 raise ValueError(
@@ -146,8 +168,3 @@ class FusedAdam(DataParallelOptimizer):
                     "p.data = value or p.copy_(value) to change a parameter, or make a new optimizer"
                 )
         self._places = self._find_places(model)
-
-
-def _memory_of(parameters: Sequence[torch.Tensor]) -> list[Any]:
-    """Where parameters are; with their shapes, since a part or another view of one may begin at its address."""
-    return [*map(torch.Tensor.data_ptr, parameters), *map(torch.Tensor.size, parameters)]

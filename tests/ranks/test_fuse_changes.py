@@ -6,12 +6,13 @@ import copy
 import io
 import itertools
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import heatopt
@@ -154,6 +155,12 @@ def test_changes_are_noticed(case: Case, change: Change) -> None:
     parity.assert_same_bits(*results, change.__name__)
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changes_are_noticed_without_the_loop_in_c(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._C._dynamo.guards", None)
+    test_changes_are_noticed(ADAM, change)
+
+
 @pytest.mark.parametrize("change", [replace_state, write_state, load_own_state], ids=lambda change: change.__name__)
 @by_name
 def test_changes_of_states(case: Case, change: Change) -> None:
@@ -226,6 +233,27 @@ def test_parts_of_what_they_were() -> None:
         runs.append([parameter.detach() for parameter in parameters])
     for ours, theirs in zip(*runs, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "other", [lambda data: data.view(4, 2), lambda data: data.view(torch.bfloat16)], ids=["shape", "dtype"]
+)
+def test_other_views_of_what_they_were(other: Callable[[Tensor], Tensor]) -> None:
+    """They begin at the same address, and have as many bytes."""
+    runs = []
+    for fuse in (True, False):
+        parameters = [nn.Parameter(torch.ones(8, dtype=torch.float16)) for _ in range(2)]
+        optimizer = torch.optim.SGD(parameters, lr=0.5, foreach=False)
+        if fuse:
+            optimizer = heatopt.DataParallelOptimizer(optimizer, fuse=True)
+        for step in range(3):
+            if step == 1:
+                parameters[1].data = other(parameters[1].data)
+            for parameter in parameters:
+                parameter.grad = torch.arange(8.0).view(parameter.shape).to(parameter.dtype)
+            optimizer.step()
+        runs.append([parameter.detach() for parameter in parameters])
+    parity.assert_same_bits(*runs, "the parameters")
 
 
 def test_what_was_replaced_is_left_alone() -> None:
