@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -21,12 +21,14 @@ from heatopt.optim import GradScaler as _GradScaler
 
 __all__ = ["AdamOptimizer", "GradScaler", "SGDOptimizer"]
 
+_PREFIX = "var_"  # Hetu's states are tensors, named after their variable, which the documentation calls "var"
+
 
 class _Optimizer(LateOptimizer):
     """What Hetu's optimizers have in common."""
 
     _rate: WarmupDecay
-    _names: ClassVar[dict[str, str]] = {}
+    _names: dict[str, str]
     """Hetu's name of a state: torch's."""
 
     @property
@@ -45,9 +47,9 @@ class _Optimizer(LateOptimizer):
 
         Args:
             loss: of this rank. Gradients that were there before do not count.
-            var_list: what to update. None: all variables, which are those given as ``params``, or else those that
-                require gradients in the graph of the first loss. A list at the first loss is all that there ever are.
-                A variable without a gradient on any rank stays.
+            var_list: what to update. None or an empty list: all variables, which are those given as ``params``, or else
+                those that require gradients in the graph of the first loss. A list at the first loss is all that there
+                ever are. A variable without a gradient on any rank stays.
             grad_loss: the gradient with respect to the loss; 1 if not given.
             name: of the operation, in Hetu's graph; there is no graph here.
 
@@ -58,27 +60,61 @@ class _Optimizer(LateOptimizer):
             ValueError: the ranks' parameters differ at the first loss; or there are other variables than known in
                 ``var_list``, or in the loss without one if the first had one.
         """
-        return self.update(loss, var_list, grad_loss)
+        return self.update(loss, var_list or None, grad_loss)
 
     def get_states(self, var: torch.Tensor) -> dict[str, Any]:
-        """Copies of the whole states of a variable, by torch's names and by Hetu's. Collective if sharded."""
+        """Copies of the whole states of a variable, by torch's names and by Hetu's. Collective if sharded.
+
+        Hetu's are those of the optimizer's documentation, each also as it calls the tensor: "mean" and "var_mean".
+        """
         states = self.wrapped.get_states(var)
-        return {**states, **{name: states[own] for name, own in self._names.items() if own in states}}
+        theirs = {name: self._to_hetus(name, states[own]) for name, own in self._names.items() if own in states}
+        return {**states, **theirs, **{_PREFIX + name: state for name, state in theirs.items()}}
 
     def set_states(self, var: torch.Tensor, state_name: str, value: Any) -> None:
         """Replace a state of a variable by a NumPy array or a tensor, equal on all ranks. Collective if sharded.
 
+        Before the first step of the variable its other states become what they start with.
+
+        Args:
+            var: the variable.
+            state_name: one of those that :meth:`get_states` has.
+            value: the whole state. "step", a number, may have one dimension, as in Hetu.
+
         Raises:
-            ValueError: the variable has no such state (none before its first step), or one of another shape.
+            TypeError: no array, nor what one can be made of.
+            ValueError: the variable has no such state, or one of another shape.
         """
-        own = self._names.get(state_name, state_name)
+        name = state_name.removeprefix(_PREFIX)
+        own = self._names.get(name, state_name)
         present = self.wrapped.get_states(var)
-        if own not in present:
-            known = (
-                ", ".join(repr(name) for name in (*present, *self._names)) if present else "none before its first step"
-            )
-            raise ValueError(f"the variable has no state {state_name!r}; it has {known}")
-        self.wrapped.set_states(var, own, value)
+        first = {} if present else self._first_states(var)
+        known = {**present, **first}
+        if own not in known:
+            listed = ", ".join(map(repr, {**known, **self._names})) or "none"
+            raise ValueError(f"the variable has no state {state_name!r}; it has {listed}")
+        value = torch.as_tensor(value)
+        if known[own].dim() == 0 and value.numel() == 1:
+            value = value.reshape(())
+        for other, state in first.items():
+            self.wrapped.set_states(var, other, state)
+        self.wrapped.set_states(var, own, self._to_torchs(name, value))
+
+    def _first_states(self, var: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The states of a variable before its first step."""
+        dtype = torch.promote_types(var.dtype, self._options.get("master_dtype") or var.dtype)
+        return {
+            own: torch.zeros(()) if own == "step" else torch.zeros_like(var.detach(), dtype=dtype)
+            for own in self._names.values()
+        }
+
+    def _to_hetus(self, name: str, state: torch.Tensor) -> torch.Tensor:
+        """torch's state as Hetu's state ``name``."""
+        return state
+
+    def _to_torchs(self, name: str, state: torch.Tensor) -> torch.Tensor:
+        """The inverse."""
+        return state
 
 
 class AdamOptimizer(_Optimizer):
@@ -91,8 +127,8 @@ class AdamOptimizer(_Optimizer):
     * The count n of the schedules is that of steps taken, so the first step has ``init_lr``. Hetu counts from 1: to
       follow it, give ``params``, and call ``optimizer.scheduler.step()`` once before the first step.
     * The weight decay is added to the gradient, as in torch's Adam. Hetu's kernel is given it, and leaves it out.
-    * The states ``mean`` and ``variance`` are torch's ``exp_avg`` and ``exp_avg_sq``; ``step`` is the number of steps
-      taken, where Hetu's is that of the next one.
+    * The states ``mean`` and ``variance`` are torch's ``exp_avg`` and ``exp_avg_sq``; ``step`` is torch's, too: the
+      number of steps taken, where Hetu's is that of the next one.
 
     Args:
         init_lr: learning rate at the start of the warm-up.
@@ -112,8 +148,6 @@ class AdamOptimizer(_Optimizer):
         TypeError: an argument of the wrong type, or an unknown keyword.
         ValueError: a number out of its range, or an unknown style.
     """
-
-    _names: ClassVar[dict[str, str]] = {"mean": "exp_avg", "variance": "exp_avg_sq"}
 
     def __init__(
         self,
@@ -141,6 +175,7 @@ class AdamOptimizer(_Optimizer):
             return torch.optim.Adam(parameters, betas=(beta1, beta2), eps=eps)
 
         make([torch.zeros(0)])  # torch's own checks, now
+        self._names = {"step": "step", "mean": "exp_avg", "variance": "exp_avg_sq"}
         super().__init__(make, {"lr": self._rate, "weight_decay": decay}, options)
         if params is not None:
             self.attach(params)
@@ -151,8 +186,8 @@ class SGDOptimizer(_Optimizer):
 
     Hetu's momentum is in its velocity, v = momentum v - lr g, with the learning rate inside it; torch's,
     b = momentum b + g, has it outside. They are equal, v = -lr b, as long as the learning rate stays. So a momentum
-    together with a warm-up is refused. The state is torch's ``momentum_buffer``. What is counted: see
-    :class:`AdamOptimizer`.
+    together with a warm-up is refused. The state ``velocity`` is -lr times torch's ``momentum_buffer``. What is
+    counted: see :class:`AdamOptimizer`.
 
     Args:
         init_lr: learning rate at the start of the warm-up.
@@ -202,9 +237,20 @@ class SGDOptimizer(_Optimizer):
             return torch.optim.SGD(parameters, momentum=momentum, nesterov=nesterov)
 
         make([torch.zeros(0)])  # torch's own checks, now
+        self._names = {"velocity": "momentum_buffer"} if momentum else {}
         super().__init__(make, {"lr": self._rate}, options)
         if params is not None:
             self.attach(params)
+
+    def _to_hetus(self, name: str, state: torch.Tensor) -> torch.Tensor:
+        return state * -self.learning_rate if name == "velocity" else state
+
+    def _to_torchs(self, name: str, state: torch.Tensor) -> torch.Tensor:
+        if name != "velocity":
+            return state
+        if not self.learning_rate:
+            raise ValueError("a velocity is none of gradients where the learning rate is 0; set 'momentum_buffer'")
+        return state / -self.learning_rate
 
 
 class GradScaler(_GradScaler):
@@ -241,6 +287,7 @@ class GradScaler(_GradScaler):
         loss: torch.Tensor,
         var_list: Sequence[torch.Tensor] | None = None,
         grad_loss: torch.Tensor | None = None,
+        name: str = "",
     ) -> torch.Tensor:
         """The optimizer's ``minimize`` of a scaled loss, by its gradients over the scale. Collective.
 
@@ -251,6 +298,7 @@ class GradScaler(_GradScaler):
             loss: of this rank, from :meth:`scale`.
             var_list: see the optimizer's ``minimize``.
             grad_loss: see there.
+            name: see there.
 
         Returns:
             The scaled loss, without its graph.
@@ -260,7 +308,7 @@ class GradScaler(_GradScaler):
         """
         if not isinstance(op, _Optimizer):
             raise TypeError(f"op must be an AdamOptimizer or SGDOptimizer of heatopt.compat.hetu, got {op!r}")
-        return op.update(loss, var_list, grad_loss, lambda: self.step(op.wrapped))
+        return op.update(loss, var_list or None, grad_loss, lambda: self.step(op.wrapped))
 
 
 def _rate(init_lr: float, max_lr: float, min_lr: float, warmup: int, decay: int, style: str) -> WarmupDecay:

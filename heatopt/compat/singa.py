@@ -363,6 +363,21 @@ class Model(torch.nn.Module):
         optimizer.prepare(self)
         self.optimizer = optimizer
 
+    def compile(
+        self, inputs: Sequence[Any] = (), is_train: bool = True, use_graph: bool = False, sequential: bool = False
+    ) -> None:
+        """Set training or evaluation mode; nothing else, for a module here has its parameters when it is made.
+
+        Not torch's :meth:`torch.nn.Module.compile`: for that call ``torch.compile`` in :meth:`train_one_batch`.
+
+        Args:
+            inputs: examples, from which SINGA learns the sizes of the layers.
+            is_train: training mode.
+            use_graph: of SINGA's execution; without effect on results there, and without meaning here.
+            sequential: the same.
+        """
+        self.train(is_train)
+
     def train_one_batch(self, *batch: Any) -> Any:
         """Compute the loss of a batch, call ``self.optimizer(loss)``, and return output and loss."""
         raise NotImplementedError(f"{type(self).__name__} must define train_one_batch")

@@ -201,7 +201,9 @@ class DataParallelOptimizer(WritableParameters):
         self._gradients.consume()
         return result
 
-    def minimize(self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None) -> torch.Tensor:
+    def minimize(
+        self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None, name: str = ""
+    ) -> torch.Tensor:
         """Take one step by the averaged gradients of ``loss`` alone; those from before are cleared. Collective.
 
         The same as ``zero_grad()``, ``loss.backward()`` and ``step()``. Not for algorithms that need a closure.
@@ -210,6 +212,7 @@ class DataParallelOptimizer(WritableParameters):
             loss: of this rank.
             var_list: parameters that get a gradient; default: all that the loss depends on.
             grad_loss: the gradient with respect to the loss, by default 1.
+            name: of the operation, where there is a graph of them, as in Hetu; not looked at.
 
         Returns:
             The loss, without its graph. The gradients are left in ``p.grad``.

@@ -1,4 +1,4 @@
-"""heatopt.compat.hetu: Hetu's formulas on any number of ranks, its states, its scaler, and what is refused."""
+"""heatopt.compat.hetu: Hetu's formulas on any number of ranks, its scaler, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,13 +13,12 @@ from torch import nn
 import heatopt
 from heatopt.compat import hetu
 from heatopt.lr_scheduler import megatron_lr, megatron_weight_decay
+from tests.ranks._hetu import CONSTANT, adam, gradient_of, sgd
 from tests.ranks._training import (
-    TINY,
     assert_close,
     assert_equal,
     assert_ranks_equal,
     batch,
-    gradients,
     loss_of,
     net,
     whole,
@@ -31,33 +29,8 @@ from tests.support.ranks import Ranks
 if TYPE_CHECKING:
     from heatopt.comm import Communicator
 
-RATE = {"init_lr": 0.001, "max_lr": 0.02, "min_lr": 0.002, "lr_warmup_steps": 2, "lr_decay_steps": 5}
-DECAY = {"start_wd": 0.01, "end_wd": 0.1, "wd_incr_steps": 4, "wd_incr_style": "cosine"}
-ADAM = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3}
-CONSTANT = {
-    "init_lr": 0.1,
-    "max_lr": 0.1,
-    "min_lr": 0.1,
-    "lr_warmup_steps": 0,
-    "lr_decay_steps": 9,
-    "lr_decay_style": "constant",
-}
 STYLES = ["constant", "linear", "cosine", "inverse-square-root"]
 STEPS = 7
-
-
-def adam(comm: Communicator, style: str = "cosine", **options: Any) -> hetu.AdamOptimizer:
-    arguments: dict[str, Any] = {**RATE, "lr_decay_style": style, **DECAY, **ADAM, "comm": comm, "bucket_mb": TINY}
-    return hetu.AdamOptimizer(**arguments | options)
-
-
-def sgd(comm: Communicator, **options: Any) -> hetu.SGDOptimizer:
-    return hetu.SGDOptimizer(**{**CONSTANT, "comm": comm, "bucket_mb": TINY, **options})  # type: ignore[arg-type]
-
-
-def gradient_of(model: nn.Module, step: int, size: int) -> list[torch.Tensor]:
-    """Of the whole batch, in one process."""
-    return list(torch.autograd.grad(loss_of(model, whole(step, size)), list(model.parameters())))
 
 
 @torch.no_grad()
@@ -149,7 +122,7 @@ def test_minimize_takes_the_gradients_of_its_loss_alone(ranks: Ranks, given: boo
         for step in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
-            optimizer.minimize(loss_of(model, batch(step, comm.rank)), name="update")
+            optimizer.minimize(loss_of(model, batch(step, comm.rank)), var_list=[], grad_loss=None, name="update")
             for p, g in zip(expected.parameters(), gradient_of(expected, step, comm.size), strict=True):
                 p.data.sub_(0.1 * g)
         assert_close(model, expected)
@@ -234,70 +207,6 @@ def test_different_starts_are_refused_once(ranks: Ranks) -> None:
     ranks(body, min_size=2)
 
 
-@pytest.mark.parametrize("shard", ["none", "state", "gradients"])
-def test_states(ranks: Ranks, shard: str) -> None:
-    """NumPy in, whole tensors out, wherever the state lives."""
-
-    def body(comm: Communicator) -> None:
-        model = net()
-        optimizer = adam(comm, shard=shard)
-        optimizer.minimize(loss_of(model, batch(0, comm.rank)))
-        variables = list(model.parameters())
-        for variable in variables:
-            states = optimizer.get_states(variable)
-            assert set(states) == {"step", "exp_avg", "exp_avg_sq", "mean", "variance"}
-            assert states["mean"].shape == variable.shape
-            assert states["step"] == 1.0
-            assert_equal([states["mean"], states["variance"]], [states["exp_avg"], states["exp_avg_sq"]])
-        value = np.arange(variables[0].numel(), dtype=np.float64).reshape(variables[0].shape)
-        optimizer.set_states(variables[0], "mean", value)
-        optimizer.set_states(variables[0], "exp_avg_sq", 2 * value)
-        value[:] = -1.0  # the optimizer has a copy
-        found = optimizer.get_states(variables[0])
-        expected = torch.arange(variables[0].numel(), dtype=torch.float64).reshape(variables[0].shape)
-        assert_equal([found["mean"], found["variance"]], [expected, 2 * expected])
-        assert_ranks_equal(comm, found)
-        with pytest.raises(ValueError, match="no state 'velocity'; it has 'step', 'exp_avg', 'exp_avg_sq', 'mean'"):
-            optimizer.set_states(variables[0], "velocity", value)
-        with pytest.raises(ValueError, match="has shape"):
-            optimizer.set_states(variables[0], "mean", np.zeros(3))
-
-    ranks(body)
-
-
-def test_states_before_the_first_step() -> None:
-    model = net()
-    optimizer = hetu.SGDOptimizer(**CONSTANT, momentum=0.9, params=model.parameters())  # type: ignore[arg-type]
-    first = next(model.parameters())
-    assert optimizer.get_states(first) == {}
-    with pytest.raises(ValueError, match="none before its first step"):
-        optimizer.set_states(first, "momentum_buffer", np.zeros(first.shape))
-
-
-def test_general_methods_take_numpy(ranks: Ranks) -> None:
-    """``minimize`` and ``set_states`` of the data-parallel optimizer itself."""
-
-    def body(comm: Communicator) -> None:
-        model, other = net(), net()
-        ours, theirs = [
-            heatopt.DataParallelOptimizer(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9), comm=comm, model=m)
-            for m in (model, other)
-        ]
-        first = next(model.parameters())
-        ours.set_states(first, "momentum_buffer", np.ones(first.shape))
-        theirs.set_states(next(other.parameters()), "momentum_buffer", torch.ones(first.shape, dtype=torch.float64))
-        for step in range(3):
-            loss = loss_of(model, batch(step, comm.rank))
-            assert ours.minimize(loss).equal(loss.detach())
-            theirs.zero_grad()
-            loss_of(other, batch(step, comm.rank)).backward()
-            theirs.step()
-        assert_equal(model, other)
-        assert_equal(gradients(model), gradients(other))  # they are there to be looked at
-
-    ranks(body)
-
-
 def test_sparse_gradients(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         model, expected = words(), words()
@@ -329,7 +238,7 @@ def test_scaler_skips_on_all_ranks(ranks: Ranks, make: Callable[..., Any]) -> No
             loss = loss_of(model, batch(step, comm.rank, dtype=torch.float32))
             if step == 1 and comm.rank == comm.size - 1:
                 loss = loss * math.inf
-            scaler.minimize(optimizer, scaler.scale(loss))
+            scaler.minimize(optimizer, scaler.scale(loss), var_list=[], name="update")
             scaler.update()
             scales.append(scaler.get_scale())
             if step != 1:

@@ -187,7 +187,8 @@ def test_one_batch_at_a_time(ranks: Ranks, method: str, distributed: bool) -> No
         else:
             model.set_optimizer(singa.SGD(lr=0.05, momentum=0.9, comm=comm))
         assert_equal(model, expected)
-        model.train()
+        model.eval()
+        model.compile([batch(0, 0)[0]])
         for step in range(STEPS):
             x, y = batch(step, comm.rank)
             before = model.forward(x)
@@ -196,7 +197,7 @@ def test_one_batch_at_a_time(ranks: Ranks, method: str, distributed: bool) -> No
         follow(sgd_update, expected, comm.size, 0.0, lambda n: 0.05)
         assert_close(model, expected)
         assert_ranks_equal(comm, model)
-        model.eval()
+        model.compile([x], is_train=False, use_graph=True, sequential=False)
         assert_equal(model(x), model.net(x))
 
     ranks(body)
