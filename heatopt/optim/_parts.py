@@ -73,7 +73,7 @@ def assemble(
     divides = settings.shard == "gradients"
     shards = GradientShards(GradientDivision(optimizer)) if divides else GradientShards()
     residuals = Residuals(comm, unsent)
-    residuals.roll_back_missing([p for group in optimizer.param_groups for p in group["params"]])
+    residuals.roll_back_cleared([p for group in optimizer.param_groups for p in group["params"]])
     # The callback must not hold the wrapper, which is to die with its last user.
     sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards, residuals)
     if settings.shard == "none":

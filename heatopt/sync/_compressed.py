@@ -170,7 +170,8 @@ class CompressedReduction:
             if present[position]:  # otherwise there is no average, so nothing has been used
                 self._residuals.note_reduced(slot.index)
                 if position in self._left:
-                    self._residuals.leave(slot.index, self._left[position])
+                    averages = bool(total[slot.offset : slot.offset + slot.numel].count_nonzero())
+                    self._residuals.leave(slot.index, self._left[position], averages)
 
     def _positions(self, part: _Selection) -> torch.Tensor:
         """Where the values belong, among those of the whole bucket."""

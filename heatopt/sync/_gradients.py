@@ -151,7 +151,7 @@ class GradientSync(Gradients):
         self.attach()
         self._notice_interruption()
         self._plan.require_known()
-        self._plan.forget_cleared_weights()
+        self._plan.forget_cleared()
         options = self._plan.options_hash(self.loads) if call in _WITH_OPTIONS else 0
         tuning = call is Call.STEP and not self._tuner.settled
         rows = self._meet(call, options, self._tuner.lap(self._comm.seconds()) if tuning else payload)
@@ -253,7 +253,7 @@ class GradientSync(Gradients):
             current.launch_rest(mask, self._next_launch)
             self._next_launch = len(self._plan.buckets)
             current.complete(mask)
-            self.weights.note_reduction(current.mean.total)
+            self._plan.note_reduction(current.mean.total)
 
     # Backward
 
@@ -296,7 +296,7 @@ class GradientSync(Gradients):
             self._begin_backward()
 
     def _begin_backward(self) -> None:
-        self.weights.note_backward()
+        self._plan.note_backward()
         synchronised = self._no_sync_depth == 0 and self._backwards + 1 >= self._settings.accumulation_steps
         self._state = _State.SYNC_BACKWARD if synchronised else _State.LOCAL_BACKWARD
         self._next_launch = 0

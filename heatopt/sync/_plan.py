@@ -12,6 +12,7 @@ import torch
 from heatopt.buckets import Bucket, GradientBucket, ParameterSpec, gradient_dtype, plan_buckets
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
+from heatopt.sync._cleared import ClearedGradients
 from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, OwnedOptions, bucket_bit
 from heatopt.sync._fingerprint import (
     Fingerprint,
@@ -73,9 +74,11 @@ class GradientPlan:
         """Parameters that have got a gradient for which the plan has no (fitting) place."""
         self.sparse_changed = False
         """True if a sparse gradient has got a contribution that no reduction has seen."""
+        self._cleared = ClearedGradients(residuals)
         self._outside: list[int] = []
         self._through_node = False  # reductions use the memory of the node where buckets are in it
         self.list_parameters()
+        self._cleared.watch(self.parameters)  # a copy may have been made between a reduction and the update
 
     def list_parameters(self) -> None:
         """Number the parameters in group order; indices of known ones do not change."""
@@ -225,7 +228,7 @@ class GradientPlan:
     @contextmanager
     def weight(self, samples: float) -> Iterator[None]:
         """The context of a micro-batch of so many samples; see [Note: Weights]."""
-        self.forget_cleared_weights()
+        self.forget_cleared()
         if self.residuals.are_open and self.weights.in_use:
             raise HeatoptError(
                 "weight() after compressed gradients with weights have been sent, before an update: what was not sent "
@@ -237,10 +240,21 @@ class GradientPlan:
                 self.sparse_changed = bool(self.sparse)
             yield
 
-    def forget_cleared_weights(self) -> None:
+    def forget_cleared(self) -> None:
         """Notice that the user has cleared the gradients without the optimizer."""
         if self.shards.whole:  # otherwise their absence means that they have been reduced
             self.weights.forget_cleared()
+            self.residuals.roll_back_cleared(self.parameters)
+
+    def note_backward(self) -> None:
+        """A backward pass has begun: one gradient has been accumulated."""
+        self.weights.note_backward()
+        self.residuals.roll_back_cleared(self.parameters)
+
+    def note_reduction(self, total: float) -> None:
+        """A reduction has brought all gradients to the mean over samples of weight ``total``."""
+        self.weights.note_reduction(total)
+        self._cleared.watch(self.parameters)
 
     def note_elsewhere(self, index: int) -> None:
         """A parameter has got a gradient that fits no slot: it has none, or the gradient is of another kind."""
@@ -262,12 +276,14 @@ class GradientPlan:
         """The parameters' gradients are about to be cleared. Local."""
         self.shards.clear(set_to_none)
         self.residuals.roll_back()
+        self._cleared.stop()
         self.weights.clear()
 
     def consume(self) -> None:
         """An update has used the gradients."""
         self.shards.consume()
         self.residuals.commit()
+        self._cleared.stop()
         self.weights.reset()
         for bucket in self.buckets:
             bucket.consume()

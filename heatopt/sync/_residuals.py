@@ -37,6 +37,7 @@ class Residuals:
         self._place = (comm.rank, comm.size)
         self._kept: dict[int, torch.Tensor] = {}  # flat, in the order of the parameter's indices
         self._next: dict[int, torch.Tensor | None] = {}  # after the last reduction; None: all has been sent
+        self._untouched: set[int] = set()  # of these, with an average that was not zero and has got nothing since
         # Those that some rank may have something of, so that state dicts of all ranks have the same names.
         self._known: set[int] = set()
         self.sent_bytes = 0
@@ -53,18 +54,33 @@ class Residuals:
         """What a reduction is to add to the gradient; None for nothing."""
         return self._next[index] if index in self._next else self._kept.get(index)
 
-    def leave(self, index: int, residual: torch.Tensor | None) -> None:
-        """A reduction has left this, which belongs to the residuals from now on."""
+    def leave(self, index: int, residual: torch.Tensor | None, averages: bool) -> None:
+        """A reduction has left this, which belongs to the residuals from now on.
+
+        Args:
+            index: of the parameter.
+            residual: what is still to be sent.
+            averages: whether the average has other elements than 0.
+        """
         self._next[index] = residual
+        (self._untouched.add if averages else self._untouched.discard)(index)
 
     def note_reduced(self, index: int) -> None:
         """Some rank has had a gradient of this parameter, and may have a residual. Alike on all ranks."""
         self._known.add(index)
 
+    def note_arrival(self, index: int) -> None:
+        """Something is being added to the average of this parameter."""
+        self._untouched.discard(index)
+
     @property
     def are_open(self) -> bool:
         """True between a reduction and the update that uses it."""
         return bool(self._next)
+
+    def open_indices(self) -> list[int]:
+        """The parameters of which that is so."""
+        return list(self._next)
 
     def commit(self) -> None:
         """An update has used the averages."""
@@ -73,15 +89,24 @@ class Residuals:
                 self._kept.pop(index, None)
             else:
                 self._kept[index] = residual
-        self._next = {}
+        self.roll_back()
 
     def roll_back(self) -> None:
-        """The averages will not be used."""
+        """The averages will not be used, or have been."""
         self._next = {}
+        self._untouched = set()
 
-    def roll_back_missing(self, parameters: Sequence[torch.Tensor]) -> None:
-        """The same for parameters without a gradient: copies, made between a reduction and the update, have none."""
-        self._next = {index: left for index, left in self._next.items() if parameters[index].grad is not None}
+    def roll_back_cleared(self, parameters: Sequence[torch.Tensor], zeros: bool = False) -> None:
+        """The same for parameters without a gradient; copies, made before the update, have none.
+
+        Args:
+            parameters: all.
+            zeros: an average that was not zero, and is now, has been cleared as well.
+        """
+        for index in self.open_indices():
+            gradient = parameters[index].grad
+            if gradient is None or (zeros and index in self._untouched and not gradient.count_nonzero()):
+                del self._next[index]
 
     def rescale(self, factor: float) -> None:
         """Gradients come multiplied by ``factor`` from now on."""
@@ -133,7 +158,8 @@ class Residuals:
             if residual.count_nonzero():
                 dtype = residual_dtype(parameter.dtype)
                 found[index] = residual.detach().to(parameter.device, dtype, copy=True).reshape(-1)
-        self._kept, self._next, self._known = found, {}, known
+        self._kept, self._known = found, known
+        self.roll_back()
 
     def contents(self) -> Any:
         """What a copy of the optimizer needs; None if there is nothing."""
