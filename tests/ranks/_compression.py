@@ -1,18 +1,47 @@
-"""Compressed averages the slow and obvious way: all ranks in one process, element by element."""
+"""What the tests of compressed gradients have in common.
+
+And compressed averages the slow and obvious way: all ranks in one process, element by element.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 import heatopt
-from tests.ranks._training import batch, loss_of
+from tests.ranks._training import Batch, batch, loss_of
+
+if TYPE_CHECKING:
+    from heatopt.comm import Communicator
 
 Choose = Callable[[list[complex]], list[int]]
 Gradients = Sequence[torch.Tensor | None]
+
+STEPS = 5
+TOP = heatopt.TopK(0.2)
+
+
+def residuals(optimizer: heatopt.DataParallelOptimizer) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = optimizer.state_dict().get("residuals", {})
+    return found
+
+
+def lacking(optimizer: heatopt.DataParallelOptimizer, comm: Communicator) -> list[torch.Tensor]:
+    """The mean of the residuals over all ranks."""
+    return [comm.allreduce(residual.clone(), "mean") for residual in residuals(optimizer).values()]
+
+
+def batches(comm: Communicator, steps: range = range(STEPS)) -> list[Batch]:
+    return [batch(step, comm.rank) for step in steps]
+
+
+def still(model: nn.Module) -> torch.optim.Optimizer:
+    """Gradients do not depend on what was sent before."""
+    return torch.optim.SGD(model.parameters(), lr=0.0)
 
 
 def largest(ratio: float) -> Choose:
