@@ -11,10 +11,12 @@ weighted by the ranks' weights, and leaves the weights alone, so it may be repea
 samples of all ranks stays what it is. Clearing the gradients, or an update, ends the sum.
 
 The weights travel in headers (see [Note: Headers]), in double precision, so every rank knows all of them before it
-launches a bucket: no further message, and no count that a bucket of a half type would round. Each rank multiplies its
-part of the bucket by its weight over the largest one, at most 1, and the sum is divided by the sum of these. So nothing
-overflows that did not without weights, and ranks of equal weight multiply by 1: their mean is the plain one, bit for
-bit.
+launches a bucket: no message more, none longer, than without weights, and no count that a bucket of a half type would
+round. Only where other ranks' headers are of another optimizer does a reduction take one more exchange, of the weights.
+
+Each rank multiplies its part of the bucket by its weight over the largest one, at most 1, and the sum is divided by the
+sum of these. So nothing overflows that did not without weights, and ranks of equal weight multiply by 1: their mean is
+the plain one, bit for bit.
 """
 
 from __future__ import annotations

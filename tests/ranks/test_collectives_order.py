@@ -148,6 +148,22 @@ def test_weights_cost_no_message(size: int, blocking: bool) -> None:
     assert kinds(plain[0]) == [HEADER] + ["all_gather"] * len(bucket_bytes(Net().parameters()))
 
 
+@pytest.mark.parametrize("size", MANY)
+def test_weights_by_hand_cost_no_message(size: int) -> None:
+    def body(step: Step) -> list[list[Operation]]:
+        found = []
+        for options in ({}, {"weight": step.comm.rank + 1}):
+            step.optimizer.zero_grad()
+            for parameter in step.net.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            found.append(step.call(lambda options=options: step.optimizer.step(**options)))
+        return found
+
+    plain, weighted = run(size, body)
+    assert plain == weighted
+    assert kinds(plain) == [HEADER] + ["all_gather"] * len(bucket_bytes(Net().parameters()))
+
+
 @BLOCKING
 @pytest.mark.parametrize("size", MANY)
 def test_large_buckets_travel_in_two_exchanges(size: int, blocking: bool) -> None:

@@ -195,7 +195,7 @@ def gradient_of_quadratic(x: torch.Tensor, coupling: float) -> torch.Tensor:
     return gradient
 
 
-@pytest.mark.parametrize(("feedback", "steps"), [(True, 1300), (False, 200)], ids=["feedback", "forgets"])
+@pytest.mark.parametrize(("feedback", "steps"), [(True, 1200), (False, 200)], ids=["feedback", "forgets"])
 def test_quadratic(ranks: Ranks, feedback: bool, steps: int) -> None:
     """1 % of 100 elements, one, is on each rank that which the couplings make the largest.
 
