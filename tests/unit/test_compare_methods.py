@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from heatopt.comm import Communicator, ThreadWorld
+from heatopt.comm import Communicator, ThreadWorld, world
 from tests.support.launch import LAUNCH, REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -18,6 +18,7 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 for package in ("rich", "sklearn", "matplotlib"):
     pytest.importorskip(package)
 
+import _batches  # noqa: E402
 import _heat_daso  # noqa: E402
 import _methods  # noqa: E402
 import compare_methods  # noqa: E402
@@ -25,8 +26,26 @@ import compare_methods  # noqa: E402
 pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
 
 
+def losses_of_one_process(steps: int) -> list[float]:
+    """Those of plain AdamW with whole batches."""
+    torch.manual_seed(0)
+    problem = compare_methods.make_digits(world())
+    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=problem.rate, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compare_methods.learning_rate(step, steps))
+    batches = _batches.GlobalBatches(len(problem.inputs), problem.batch, rank=0, size=1, seed=0).epoch(0)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = problem.loss(problem.model, next(batches))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bytes as the formulas say, the same results again, and together with earlier ones the same table."""
+    """Losses of one process, bytes as the formulas say, the same results again, and the same table of earlier ones."""
     threads = torch.get_num_threads()
     options = ["--tasks", "digits", "--seeds", "0", "--rates", "100mbit", "--steps", "50", "--simulate"]
     try:
@@ -37,10 +56,12 @@ def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         torch.set_num_threads(threads)
     first, second = (json.loads((tmp_path / f / "compare_methods.json").read_text()) for f in ("a", "b"))
     assert first["results"] == second["results"]
+    losses = {result["method"]: result["losses"] for result in first["results"]}
+    assert losses["exact"] == pytest.approx(losses_of_one_process(50), rel=1e-4)
+    assert {found[0] for found in losses.values()} == {losses["exact"][0]}
     for result in first["results"]:
         assert result["steps"] == 50
         assert result["total_sent"] == pytest.approx(result["expected_sent"], rel=0.03), result["method"]
-        assert result["losses"][-1] < result["losses"][0]
         assert len(result["losses"]) == len(result["seconds"]) == len(result["sent"])
     seconds = {result["method"]: result["total_seconds"] for result in first["results"]}
     assert seconds["exact"] > seconds["DASO"] > seconds["DiLoCo"] > 50 * 2e-3
