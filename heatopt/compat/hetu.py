@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from heatopt.compat._late import LateOptimizer
@@ -93,7 +94,8 @@ class _Optimizer(LateOptimizer):
         if own not in known:
             listed = ", ".join(map(repr, {**known, **self._names})) or "none"
             raise ValueError(f"the variable has no state {state_name!r}; it has {listed}")
-        value = torch.as_tensor(value)
+        if not isinstance(value, torch.Tensor):
+            value = torch.as_tensor(numpy.asarray(value))
         if known[own].dim() == 0 and value.numel() == 1:
             value = value.reshape(())
         for other, state in first.items():
@@ -113,7 +115,7 @@ class _Optimizer(LateOptimizer):
         return state
 
     def _to_torchs(self, name: str, state: torch.Tensor) -> torch.Tensor:
-        """The inverse."""
+        """Hetu's state ``name`` as torch's."""
         return state
 
 
@@ -249,7 +251,7 @@ class SGDOptimizer(_Optimizer):
         if name != "velocity":
             return state
         if not self.learning_rate:
-            raise ValueError("a velocity is none of gradients where the learning rate is 0; set 'momentum_buffer'")
+            raise ValueError("with a learning rate of 0 no gradients have a velocity: set 'momentum_buffer' instead")
         return state / -self.learning_rate
 
 

@@ -58,6 +58,8 @@ def test_states(ranks: Ranks, where: str) -> None:
             optimizer.set_states(variables[0], "velocity", value)
         with pytest.raises(ValueError, match="has shape"):
             optimizer.set_states(variables[0], "mean", np.zeros(3))
+        with pytest.raises(TypeError):
+            optimizer.set_states(variables[0], "mean", object())
 
     ranks(body)
 
@@ -112,6 +114,9 @@ def test_velocity(ranks: Ranks) -> None:
         assert_close([states["velocity"], states["var_velocity"], states["momentum_buffer"]], [now, now, -now / 0.1])
         assert_close(first.detach(), next(expected.parameters()) + now)
         plain = sgd(comm, params=net().parameters())
+        still = sgd(comm, momentum=0.9, init_lr=0.0, max_lr=0.0, min_lr=0.0, params=net().parameters())
+        with pytest.raises(ValueError, match="with a learning rate of 0 no gradients have a velocity"):
+            still.set_states(still.wrapped.param_groups[0]["params"][0], "velocity", velocity)
         with pytest.raises(ValueError, match="the variable has no state 'velocity'; it has none"):
             plain.set_states(plain.wrapped.param_groups[0]["params"][0], "velocity", velocity)
 

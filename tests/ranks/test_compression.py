@@ -38,6 +38,7 @@ from tests.ranks._training import (
     train,
     wrap,
 )
+from tests.support.launch import LAUNCH
 from tests.support.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ def test_complex_elements_travel_whole(ranks: Ranks) -> None:
 DISTANCES = 2 - torch.linspace(-1, 1, 100, dtype=torch.float64)
 """From the start to the optimum, which is 0."""
 RATE = 0.01
+ENOUGH = 1200
+"""Steps to a millionth of the distance."""
 
 
 def couplings(size: int) -> list[float]:
@@ -195,7 +198,10 @@ def gradient_of_quadratic(x: torch.Tensor, coupling: float) -> torch.Tensor:
     return gradient
 
 
-@pytest.mark.parametrize(("feedback", "steps"), [(True, 1200), (False, 200)], ids=["feedback", "forgets"])
+# Processes, which may be more than cores, have the bits of threads, and need no more steps to show that.
+@pytest.mark.parametrize(
+    ("feedback", "steps"), [(True, 100 if LAUNCH.launched else ENOUGH), (False, 100)], ids=["feedback", "forgets"]
+)
 def test_quadratic(ranks: Ranks, feedback: bool, steps: int) -> None:
     """1 % of 100 elements, one, is on each rank that which the couplings make the largest.
 
@@ -222,7 +228,7 @@ def test_quadratic(ranks: Ranks, feedback: bool, steps: int) -> None:
         x.add_(average, alpha=-RATE)
     assert_equal(found, x)
     if feedback:
-        assert x.norm() < 1e-6 * DISTANCES.norm()
+        assert steps < ENOUGH or x.norm() < 1e-6 * DISTANCES.norm()
     else:
         assert_equal(x[1:], DISTANCES[1:])
         assert x[0].item() == pytest.approx(DISTANCES[0].item() * (1 - RATE) ** steps, rel=1e-12)
