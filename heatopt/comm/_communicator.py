@@ -244,7 +244,9 @@ class Communicator(RankGroup):
         if options.blocking:
             self._run(steps, what)
             return None
-        return self._launch(steps, what)
+        # Within a node nothing travels: whoever reduces calls while backward goes on, and waits when it has ended. To
+        # start a thread for that in each step would cost more than the reduction.
+        return self._launch(steps, what, pumped=self.num_nodes > 1)
 
     def reduce_async(self, flat: torch.Tensor, op: str, what: str) -> Handle[None]:
         """Launch the "sum" or "mean" of the contiguous ``flat`` over all ranks, in place; waits for nobody.

@@ -186,8 +186,8 @@ class RankGroup(Transport):
         self._queue.drain()
         return self._queue.run(steps, partial(self._waiting, what, self._enter()))
 
-    def _launch(self, steps: Steps[T], what: str) -> Work[T]:
-        return self._queue.launch(steps, partial(self._waiting, what, self._enter()))
+    def _launch(self, steps: Steps[T], what: str, pumped: bool = True) -> Work[T]:
+        return self._queue.launch(steps, partial(self._waiting, what, self._enter()), pumped)
 
     def _enter(self) -> int:
         """An operation of this communicator starts; return its number, which is the same on all ranks."""

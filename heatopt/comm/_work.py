@@ -17,8 +17,8 @@ its own part in the older one. A blocking call first completes the works before 
 one queue, so a rank that waits for a work alone finds the other ranks' later stages, wherever they block.
 
 [Note: Pump]
-MPI moves nothing between nodes unless it is called. While works are in flight a thread polls the queue, so that they go
-on beside a long operation that calls no hook. Whoever touches the queue holds its lock, so MPI sees one thread at a
+MPI moves nothing between nodes unless it is called. While such works are in flight a thread polls the queue, so that
+they go on beside a long operation that calls no hook. Whoever touches the queue holds its lock, so MPI sees one thread at a
 time; every other call of a communicator first completes the works, which ends the thread.
 
 [Note: Works in the background]
@@ -199,19 +199,20 @@ class WorkQueue:
         for queue in list(self._branches):
             queue.drain()
 
-    def launch(self, steps: Steps[T], waiting: Waiting) -> Work[T]:
+    def launch(self, steps: Steps[T], waiting: Waiting, pumped: bool = True) -> Work[T]:
         """Start the first stage and return the handle.
 
         Args:
             steps: the collective.
             waiting: the context of each wait for it.
+            pumped: False where it needs no calls of its own, or its owner waits for it before anything else.
         """
         with self._lock:
             work = Work(steps, waiting, self)
             work._advance()
             if work._steps is not None:
                 self._works.append(work)
-                if self.needs_calls and self._pump is None:
+                if self.needs_calls and pumped and self._pump is None:
                     self._pump = threading.Thread(target=self._poll_until_empty, name="heatopt-pump", daemon=True)
                     self._pump.start()
         return work

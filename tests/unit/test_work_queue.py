@@ -63,9 +63,11 @@ def test_a_thread_goes_on_with_works_and_ends_with_them() -> None:
     wait_until(lambda: again._steps is None)
 
 
-def test_no_thread_where_works_go_on_by_themselves() -> None:
+@pytest.mark.parametrize(("needs_calls", "pumped"), [(False, True), (True, False)])
+def test_no_thread_where_works_go_on_by_themselves(needs_calls: bool, pumped: bool) -> None:
     queue = WorkQueue()
-    work = queue.launch(steps(Polls(2)), contextlib.nullcontext)
+    queue.needs_calls = needs_calls
+    work = queue.launch(steps(Polls(2)), contextlib.nullcontext, pumped)
     assert pump_of(queue) == []
     assert not work.done()
     assert work.done()
