@@ -248,11 +248,12 @@ class Communicator(RankGroup):
         # start a thread for that in each step would cost more than the reduction.
         return self._launch(steps, what, pumped=self.num_nodes > 1)
 
-    def reduce_async(self, flat: torch.Tensor, op: str, what: str) -> Handle[None]:
-        """Launch the "sum" or "mean" of the contiguous ``flat`` over all ranks, in place; waits for nobody.
+    def reduce_now(self, flat: torch.Tensor, op: str, what: str) -> None:
+        """Replace the contiguous ``flat`` by its "sum" or "mean" over all ranks, with the bits of :meth:`allreduce`."""
+        self._run(reduce_flat(self, flat, op, self.size if op == "mean" else 1, True), what)
 
-        The bits are those of :meth:`allreduce`.
-        """
+    def reduce_async(self, flat: torch.Tensor, op: str, what: str) -> Handle[None]:
+        """Launch :meth:`reduce_now`; waits for nobody."""
         divisor = self.size if op == "mean" else 1
         if flat.device.type != "cpu" and self._is_on_device(flat):
             return StreamWork(flat, lambda: self._run(reduce_flat(self, flat, op, divisor, False), what))

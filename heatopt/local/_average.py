@@ -78,7 +78,7 @@ class DelayedAverage:
             if parcel.delay:
                 average._works.append(group.reduce_async(part, op, f"delayed average number {parcel.turn}"))
             else:
-                group.allreduce(part, op)
+                group.reduce_now(part, op, f"average number {parcel.turn}")
         return average
 
     def wait(self) -> list[torch.Tensor]:

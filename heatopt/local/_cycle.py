@@ -129,10 +129,17 @@ class DasoPeriods:
 
 
 class Cycle:
-    """The state of the cycle, and the plan of each batch."""
+    """The state of the cycle, and the plan of each batch.
 
-    def __init__(self, periods: DasoPeriods) -> None:
+    Args:
+        periods: what the user chose.
+        keeps_all: a merge keeps all that a node has done meanwhile, and adds to it what the others had done before. So
+            the mean of all nodes is the same with and without it.
+    """
+
+    def __init__(self, periods: DasoPeriods, keeps_all: bool) -> None:
         self._periods = periods
+        self._keeps_all = keeps_all
         self.plateau = DetectMetricPlateau(patience=2, threshold=periods.stability_level)
         self.reset()
 
@@ -189,7 +196,7 @@ class Cycle:
         if alone and (delay or batch == last_batch or batch % self.local_skip == 0):
             actions.append(ReplicaMean())
         if batch == last_batch:
-            actions += [Send(0, full=True), Merge(0)]
+            actions += [Send(0, full=not self._keeps_all), Merge(0)]
         elif delay:
             actions.append(Send(0, delay))
         return SyncPlan(alone=alone, actions=tuple(actions))
@@ -200,6 +207,8 @@ class Cycle:
             return 0
         if last_batch is None or batch > last_batch:
             return self.batches_to_wait
+        if self._keeps_all and batch + self.batches_to_wait >= last_batch:
+            return 0  # it would be merged just before the average that ends the epoch, for nothing
         return min(self.batches_to_wait, last_batch - batch)
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Replicas:
             return
         root = turn % len(self._groups) % self.within.size
         for chunk in packed.chunks:
-            self.within.broadcast(chunk, root)
+            self.within.broadcast_bytes(chunk, root, f"average number {turn} within the node")
 
     def weigh(self, tensors: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
         """``tensors`` times ``weight`` and the replica's, at least in single precision, where ranks' weights differ."""

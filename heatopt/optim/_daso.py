@@ -8,7 +8,7 @@ import torch
 
 from heatopt._log import logger
 from heatopt.comm import Communicator
-from heatopt.local import Cycle, DasoPeriods, SyncPlan
+from heatopt.local import Cycle, DasoPeriods, LocalSettings, SyncPlan
 from heatopt.optim._local import LocalOptimizer
 from heatopt.optim._local_arguments import (
     check_choices,
@@ -123,11 +123,11 @@ class DASO(LocalOptimizer):
             within="node",
             timeout=seconds,
         )
-        self._begin(periods, scheduler, verbose)
+        self._begin(settings, scheduler, verbose)
         self._construct(optimizer, check_place(comm, model, "node"), settings)
 
-    def _begin(self, periods: DasoPeriods, scheduler: Any = None, verbose: bool = False) -> None:
-        self._cycle = Cycle(periods)
+    def _begin(self, settings: LocalSettings, scheduler: Any = None, verbose: bool = False) -> None:
+        self._cycle = Cycle(settings.periods, keeps_all=settings.merge == "delta")
         self.last_batch: int | None = None
         """Index of the last batch of an epoch, counted from 0. Set it, or let the first epoch tell."""
         self.current_batch = 0
@@ -286,7 +286,7 @@ class DASO(LocalOptimizer):
         self._equal_after = more["equal_after"]
 
     def _restore(self, state: dict[str, Any], place: Any) -> None:
-        self._begin(state["settings"].periods)
+        self._begin(state["settings"])
         super()._restore(state, place)
 
 
