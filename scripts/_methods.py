@@ -81,16 +81,18 @@ def _in_fragments(period: int, fragments: int, delay: int) -> Callable[[Any, int
     )
 
 
-def _in_phases(cycling: float) -> Callable[[Any, int, int, bool], float]:
-    """DASO: ``cycling`` of the bytes every B batches, all of them at the end of an epoch."""
+def _rounded_changes(optimizer: Any, step: int, batch: int, last: bool) -> float:
+    """DASO: every B batches, unless that came with the end of an epoch."""
+    skip, end = optimizer.global_skip, optimizer.last_batch
+    if skip == 0 or last:
+        return 0.5
+    return 0.5 * (batch % skip == 0 and (end is None or batch + optimizer.batches_to_wait < end))
 
-    def share(optimizer: Any, step: int, batch: int, last: bool) -> float:
-        skip = optimizer.global_skip
-        if skip == 0:
-            return 0.5
-        return 1.0 if last else cycling * (batch % skip == 0)
 
-    return share
+def _as_published(optimizer: Any, step: int, batch: int, last: bool) -> float:
+    """Heat's DASO: rounded in warm-up and cool-down, and single precision every B batches and at the end of epochs."""
+    skip = optimizer.global_skip
+    return 0.5 if skip == 0 else 1.0 * (last or batch % skip == 0)
 
 
 METHODS = {
@@ -104,7 +106,7 @@ METHODS = {
         _in_fragments(50, 4, 5),
         50,
     ),
-    "DASO": Method(_daso, _in_phases(0.5), 4),
-    HEAT: Method(_heat, _in_phases(1.0), 4),
+    "DASO": Method(_daso, _rounded_changes, 4),
+    HEAT: Method(_heat, _as_published, 4),
 }
 """All replicas are nodes: their ranks average gradients in shared memory."""

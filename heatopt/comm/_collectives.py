@@ -4,8 +4,10 @@
 Each element is summed by one owner, in rank order, in at least single precision, and rounded once:
 ``round(((g0 + g1) + g2 + ...) / divisor)``. Ranks exchange slices (all-to-all), each sums its own slice, and the
 results are gathered; that moves the same 2 (P - 1) / P bytes per byte as a ring. The result depends neither on the
-length of the buffer nor on the position of an element in it, and all ranks receive the same bits. With two ranks
-``g0 + g1`` is the same in either order, so the backend's own sum may be used where it has the dtype.
+length of the buffer nor on the position of an element in it, and all ranks receive the same bits.
+
+With two ranks ``g0 + g1`` is the same in either order, so the backend's own sum may be used where it has the dtype.
+Half types, which backends do not sum as they should, are gathered then: the same bytes, in one exchange.
 """
 
 from __future__ import annotations
@@ -81,12 +83,17 @@ def reduce_flat(
         if comm._has_native_sum(part.dtype) and op in ("sum", "mean"):
             yield comm._native_sum(part, blocking)
             _divide(part, divisor)
-        elif part.numel() * part.element_size() * comm.size <= _GATHER_BYTES:
+        elif _gathers(comm.size, part):
             yield from _reduce_by_gather(comm, part, op, divisor, blocking)
         else:
             yield from _reduce_by_owners(comm, part, op, divisor, blocking)
     if wire is not flat:
         flat.copy_(wire)
+
+
+def _gathers(size: int, part: torch.Tensor) -> bool:
+    """True where one exchange of everything is better than two of slices."""
+    return (size == 2 and part.dtype in _HALF) or part.nbytes * size <= _GATHER_BYTES
 
 
 def _narrowed(flat: torch.Tensor, wire_dtype: torch.dtype | None) -> torch.Tensor:

@@ -17,9 +17,9 @@ its own part in the older one. A blocking call first completes the works before 
 one queue, so a rank that waits for a work alone finds the other ranks' later stages, wherever they block.
 
 [Note: Pump]
-MPI moves nothing between nodes unless it is called. While such works are in flight a thread polls the queue, so that
-they go on beside a long operation that calls no hook. Whoever touches the queue holds its lock, so MPI sees one thread at a
-time; every other call of a communicator first completes the works, which ends the thread.
+MPI moves nothing between nodes unless it is called. While works that need it are in flight a thread polls the queue, so
+that they go on beside a long operation that calls no hook. Whoever touches the queue holds its lock, so MPI sees one
+thread at a time; every other call of a communicator first completes the works, which ends the thread.
 
 [Note: Works in the background]
 To complete a work at the next call of any communicator is too early for one that is to travel while training goes on,

@@ -133,11 +133,11 @@ class Cycle:
 
     Args:
         periods: what the user chose.
-        keeps_all: a merge keeps all that a node has done meanwhile, and adds to it what the others had done before. So
-            the mean of all nodes is the same with and without it.
+        keeps_all: a merge adds what other nodes have done, and takes nothing away; so it leaves the mean of all nodes
+            as it is, and one that comes right before the average at the end of an epoch is left out.
     """
 
-    def __init__(self, periods: DasoPeriods, keeps_all: bool) -> None:
+    def __init__(self, periods: DasoPeriods, keeps_all: bool = False) -> None:
         self._periods = periods
         self._keeps_all = keeps_all
         self.plateau = DetectMetricPlateau(patience=2, threshold=periods.stability_level)
@@ -208,7 +208,7 @@ class Cycle:
         if last_batch is None or batch > last_batch:
             return self.batches_to_wait
         if self._keeps_all and batch + self.batches_to_wait >= last_batch:
-            return 0  # it would be merged just before the average that ends the epoch, for nothing
+            return 0
         return min(self.batches_to_wait, last_batch - batch)
 
     def state_dict(self) -> dict[str, Any]:

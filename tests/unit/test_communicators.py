@@ -474,6 +474,13 @@ def test_reductions_move_no_more_bytes_than_a_ring(dtype: torch.dtype, count: in
     assert all(ring <= number < 1.001 * ring for number in sent)
 
 
+@pytest.mark.parametrize(("size", "kinds"), [(2, ["all_gather"]), (3, ["all_to_all", "all_gather"])])
+def test_two_ranks_exchange_half_types_at_once(size: int, kinds: list[str]) -> None:
+    world = ThreadWorld(size)
+    world.run(lambda comm: comm.allreduce(torch.zeros(60_001, dtype=torch.bfloat16)))
+    assert [event.kind for event in world.events if event.rank == 0 and event.kind != "words"] == kinds
+
+
 def test_results_do_not_depend_on_the_pace_of_ranks() -> None:
     def body(comm: Communicator, pause: Callable[[int], float]) -> torch.Tensor:
         tensor = torch.linspace(0.1, 1.7, 9001).pow(comm.rank + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -200,8 +201,10 @@ def test_cycle_goes_on_from_its_state() -> None:
     assert trace(second, 31) == trace(first, 31)
 
 
-def daso_actions(skip: int, wait: int, batches: int, last: int | None, local: int = 1) -> list[tuple[object, ...]]:
-    cycle = Cycle(periods())
+def daso_actions(
+    skip: int, wait: int, batches: int, last: int | None, local: int = 1, keeps_all: bool = False
+) -> list[tuple[object, ...]]:
+    cycle = Cycle(periods(), keeps_all)
     cycle.global_skip, cycle.local_skip, cycle.batches_to_wait = skip, local, wait
     assert all(cycle.plan(batch, last).alone == (local > 1) for batch in range(batches))
     return [cycle.plan(batch, last).actions for batch in range(batches)]
@@ -255,6 +258,16 @@ def test_daso_averages_within_nodes_every_second_batch_and_before_it_sends() -> 
         (own, Send(0, 1)),
         (Merge(0), own),
     ]
+
+
+def test_daso_sends_nothing_that_the_end_of_the_epoch_makes_up_for() -> None:
+    actions = partial(daso_actions, keeps_all=True)
+    send, merge = (Send(0, 1),), (Merge(0),)
+    assert actions(4, 1, 6, 5) == [send, merge, (), (), (), BLOCKING]
+    assert actions(4, 1, 7, 6) == [send, merge, (), (), send, merge, BLOCKING]
+    assert actions(1, 2, 5, 4) == [(Send(0, 2),), (Send(0, 2),), merge, merge, BLOCKING]
+    assert actions(8, 2, 10, 9, local=2)[8:] == [(ReplicaMean(),), (ReplicaMean(), *BLOCKING)]
+    assert actions(2, 1, 3, None) == [send, merge, send]
 
 
 # DetectMetricPlateau
