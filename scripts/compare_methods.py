@@ -45,7 +45,6 @@ import heatopt
 from heatopt.comm import Communicator, Passage, SimulatedCommunicator, SimulatedWorld, VirtualNetwork
 
 NODES, SLOTS = 2, 2
-EPOCHS = Epochs(total=10, warmup=1, cooldown=1)
 WARM_UP = 0.05  # of the updates, while the learning rate grows
 RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "none": 5e9}
 
@@ -95,6 +94,11 @@ def make_text(comm: Communicator) -> Problem:
 PROBLEMS: dict[str, Callable[[Communicator], Problem]] = {"digits": make_digits, "text": make_text}
 
 
+def phases(options: argparse.Namespace) -> Epochs:
+    """How a run is cut."""
+    return Epochs(total=options.epochs, warmup=1, cooldown=1)
+
+
 def learning_rate(step: int, steps: int) -> float:
     """A short rise, then half a cosine down to a tenth."""
     rise = max(1, round(WARM_UP * steps))
@@ -112,14 +116,17 @@ def sent_bytes() -> int:
 class Run:
     """One training with one method."""
 
-    def __init__(self, comm: Communicator, problem: Problem, method: str, steps: int, seed: int) -> None:
+    def __init__(
+        self, comm: Communicator, problem: Problem, method: str, seed: int, options: argparse.Namespace
+    ) -> None:
         self._comm = comm
         self._problem = problem
-        self._steps = steps
+        self._steps = steps = options.steps or problem.steps
+        self._epochs = options.epochs
         self._batches = GlobalBatches(len(problem.inputs), problem.batch, rank=comm.rank, size=comm.size, seed=seed)
         self.model = copy.deepcopy(problem.model)
         inner = torch.optim.AdamW(self.model.parameters(), lr=problem.rate, fused=True)
-        self._optimizer = METHODS[method].make(inner, self.model, comm, EPOCHS)
+        self._optimizer = METHODS[method].make(inner, self.model, comm, phases(options))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate(step, steps))
         self._losses: list[float] = []
         self._times: list[float] = []
@@ -129,11 +136,11 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train, and return what has been recorded: of each step the loss, seconds and bytes since the start."""
-        length = self._steps // EPOCHS.total
+        length = self._steps // self._epochs
         epoch, indices = 0, self._batches.epoch(0)
         self._comm.barrier()
         begin, before = self._comm.seconds(), sent_bytes()
-        for step in range(length * EPOCHS.total):
+        for step in range(length * self._epochs):
             batch = next(indices, None)
             if batch is None:
                 epoch += 1
@@ -155,7 +162,7 @@ class Run:
             "seconds": [max(column) for column in zip(*(r[1] for r in records), strict=True)],
             "sent": [fmean(column) for column in zip(*(r[2] for r in records if r[3] == 0), strict=True)],
             "final_loss": final,
-            "steps": length * EPOCHS.total,
+            "steps": length * self._epochs,
             "epoch_steps": length,
             "begin": begin,
             "parameter_bytes": sum(p.nbytes for p in self.model.parameters()),
@@ -195,7 +202,7 @@ def train_all(comm: Communicator, options: argparse.Namespace) -> list[dict[str,
             problem = PROBLEMS[task](comm)
             for method in options.methods:
                 # Each has traffic, groups and plans of its own.
-                result = Run(comm.duplicate(method), problem, method, options.steps or problem.steps, seed).train()
+                result = Run(comm.duplicate(method), problem, method, seed, options).train()
                 results.append({"task": task, "seed": seed, "method": method, **result})
     return results
 
@@ -226,7 +233,7 @@ def launch(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
         out = Path(folder, "runs.json")
         lists = [
             *("--tasks", *options.tasks, "--methods", *options.methods),
-            *("--seeds", *map(str, options.seeds)),
+            *("--seeds", *map(str, options.seeds), "--epochs", str(options.epochs)),
             *(() if options.steps is None else ("--steps", str(options.steps))),
         ]
         nodes = [str(script.with_name("two_nodes.sh")), "-n", str(NODES), "-s", str(SLOTS), "-r", rate, "--"]
@@ -279,13 +286,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="updates of each run (default: 800 of digits, 300 of text)")
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="for methods with phases; one to warm up, one to cool down"
+    )
     parser.add_argument("--simulate", action="store_true", help="in the simulator, with the computation times declared")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder (default %(default)s)")
     parser.add_argument("--join", nargs="+", type=Path, default=[], help="show these earlier results together instead")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.steps is not None and options.steps < EPOCHS.total:
-        parser.error(f"--steps must be at least {EPOCHS.total}, got {options.steps}")
+    if options.epochs < 3:
+        parser.error(f"--epochs must be at least 3, got {options.epochs}")
+    if options.steps is not None and options.steps < options.epochs:
+        parser.error(f"--steps must be at least {options.epochs}, the number of epochs, got {options.steps}")
     return options
 
 
@@ -297,7 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.simulate and not options.join:
         refuse_without_namespaces()
     described = setting(heatopt.comm.SingleCommunicator())
-    described |= {"ranks": NODES * SLOTS, "nodes": NODES, "simulated": options.simulate, "epochs": asdict(EPOCHS)}
+    described |= {"ranks": NODES * SLOTS, "nodes": NODES, "simulated": options.simulate}
+    described["epochs"] = asdict(phases(options))
     results = []
     for path in options.join:
         kept = json.loads(path.read_text())

@@ -87,7 +87,7 @@ def test_namespaces_need_root_and_their_tools(monkeypatch: pytest.MonkeyPatch, t
 def test_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare_methods.main(["--steps", "9"])
-    assert "--steps must be at least 10, got 9" in capsys.readouterr().err
+    assert "--steps must be at least 10, the number of epochs, got 9" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
