@@ -57,8 +57,8 @@ class DASO(LocalOptimizer):
         max_global_skips: largest B.
         sending_chunk_size: most elements of one message.
         downcast_type: what *changes since the last average* are rounded to on the network: torch.bfloat16, torch.half
-            or torch.float. Sums are in single precision. Averages of "daso" while training goes on, and those at the
-            end of an epoch, are not rounded.
+            or torch.float. Sums are in single precision. Between warm-up and cool-down "daso" sends parameters, as they
+            are; so does ``synchronize()``.
         use_mpi_groups: has no meaning here: groups come from ``comm.split``.
         skip_reduction_factor: what B is divided by on a plateau.
         local_skip_factor: S and L start anew at ``max_global_skips // local_skip_factor``.
