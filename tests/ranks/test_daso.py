@@ -204,6 +204,9 @@ def test_number_and_order_of_exchanges() -> None:
     """Two nodes of two ranks: one rank of each averages among nodes, in turn, and passes the result on."""
     ring = world(4, 2)
 
+    def agreements(rank: int) -> int:
+        return sum(event.kind == "words" for event in ring.events if event.rank == rank)
+
     def body(comm: Communicator) -> list[list[str]]:
         weight = nn.Parameter(torch.zeros(3))
         optimizer = heatopt.DASO(
@@ -219,9 +222,11 @@ def test_number_and_order_of_exchanges() -> None:
             for _ in range(7):
                 weight.grad = None  # so nothing is averaged within the node
                 comm.barrier()
-                before = len(operations(ring.events, comm.rank))
+                before, agreed = len(operations(ring.events, comm.rank)), agreements(comm.rank)
                 optimizer.step()
                 found.append(operations(ring.events, comm.rank)[before:])
+                # The node's and the world's header; what follows them is agreed.
+                assert optimizer.epoch == 1 or agreements(comm.rank) - agreed == 2
             optimizer.epoch_loss_logic(1.0)
         return found
 

@@ -88,6 +88,9 @@ def test_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare_methods.main(["--steps", "9"])
     assert "--steps must be at least 10, the number of epochs, got 9" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare_methods.main(["--epochs", "2"])
+    assert "--epochs must be at least 3, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
