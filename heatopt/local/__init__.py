@@ -7,9 +7,10 @@ from heatopt.local._engine import LocalEngine
 from heatopt.local._outer import CO2Momentum, OuterFactory, SlowMomentum
 from heatopt.local._schedule import PeriodicSchedule, SyncPlan
 from heatopt.local._settings import LocalSettings
-from heatopt.local._subject import Subject
+from heatopt.local._subject import PERIOD, Subject
 
 __all__ = [
+    "PERIOD",
     "CO2Momentum",
     "Cycle",
     "DasoPeriods",

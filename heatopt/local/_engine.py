@@ -29,7 +29,7 @@ from heatopt.local._replicas import Replicas
 from heatopt.local._rules import keep_progress, mix, weigh_stale, weight_of
 from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, ReplicaMean, Send, SyncPlan
 from heatopt.local._settings import LocalSettings
-from heatopt.local._subject import Subject
+from heatopt.local._subject import PERIOD, Subject
 from heatopt.sync import (
     NO_WEIGHT,
     Call,
@@ -125,6 +125,7 @@ class LocalEngine:
         return {
             "number of updates": self.updates,
             "number of averages": self._turns,
+            f"{PERIOD} of the groups": self._subject.periods(),
             "trained parameters": tuple(sorted(self._subject.trained)),
         }
 
@@ -179,7 +180,7 @@ class LocalEngine:
         if not plan.actions or self._coordinator is None:
             return
         if plan.meets:
-            payloads = [row.payload for row in self.meet(Call.MERGE, self._idleness())]
+            payloads = [row.payload for row in self.meet(Call.MERGE, self._idleness(plan))]
             self.all_idle = all(payloads)
             if self.all_idle:
                 return
@@ -187,10 +188,9 @@ class LocalEngine:
         for action in plan.actions:
             self._act(action)
 
-    def _idleness(self) -> float:
-        """0: this rank trains; 0.5: it has no batches left, but has trained in this period; 1: not even that."""
-        since, period = self.idle_since, self.settings.periods
-        return 0.0 if since is None else 0.5 if self.updates - since < period.sync_every else 1.0
+    def _idleness(self, plan: SyncPlan) -> float:
+        """0: this rank trains; 0.5: it has no batches left, but has made one of these updates; 1: not even that."""
+        return 0.0 if self.idle_since is None else 0.5 if self.updates - self.idle_since < plan.covers else 1.0
 
     def _act(self, action: Action) -> None:
         if isinstance(action, Send):

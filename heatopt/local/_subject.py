@@ -9,7 +9,10 @@ import torch
 
 from heatopt.sync import Fingerprint, ParameterPrint, printable_options
 
-__all__ = ["Subject"]
+__all__ = ["PERIOD", "Subject"]
+
+PERIOD = "sync_every"
+"""The option of the groups that is the period; where a method has none, they do not have it."""
 
 
 class Subject:
@@ -36,6 +39,10 @@ class Subject:
     def parameters(self) -> list[torch.Tensor]:
         """All parameters, in the order of the groups."""
         return [p for group in self.groups for p in group["params"]]
+
+    def periods(self) -> tuple[Any, ...]:
+        """What the groups say that the next period is to be; None for one that says nothing."""
+        return tuple(group.get(PERIOD) for group in self.groups)
 
     def buffers(self) -> list[torch.Tensor]:
         """The model's buffers."""

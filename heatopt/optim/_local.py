@@ -85,6 +85,7 @@ class LocalOptimizer(OptimizerWrapper):
         """What the constructors of the methods end with. Collective."""
         refuse_owned([p for group in torch_optimizer.param_groups for p in group["params"]], parameter_names(None))
         self._assemble(torch_optimizer, place, settings, outer)
+        self._set_options()
         claim(self._parameters(), self)
         self._engine.attach()
         start_equal(place.comm, torch_optimizer, place.model)
@@ -95,6 +96,9 @@ class LocalOptimizer(OptimizerWrapper):
     def _plan(self) -> SyncPlan:
         """The plan of the next update."""
         raise NotImplementedError
+
+    def _set_options(self) -> None:
+        """Give the groups the options of the method."""
 
     # Training
 
@@ -112,8 +116,7 @@ class LocalOptimizer(OptimizerWrapper):
         if self._comm.size == 1:
             self._engine.updates += 1
             return self.torch_optimizer.step(*arguments, **keywords)
-        plan = self._plan()
-        self._engine.before_update(plan)
+        plan = self._prepare()
         result = self._stepper.step(*arguments, **keywords)
         self._after_update(plan)
         return result
@@ -124,9 +127,14 @@ class LocalOptimizer(OptimizerWrapper):
 
         Averages stay in step with the other ranks, which may not have had an overflow.
         """
+        self._after_update(self._prepare())
+
+    @outside_graphs
+    def _prepare(self) -> SyncPlan:
+        """What to do before an update, and its plan."""
         plan = self._plan()
         self._engine.before_update(plan)
-        self._after_update(plan)
+        return plan
 
     @outside_graphs
     def _after_update(self, plan: SyncPlan) -> None:

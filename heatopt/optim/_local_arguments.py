@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from heatopt.comm import Communicator, check_timeout, world
-from heatopt.local import LocalSettings
+from heatopt.local import PERIOD, LocalSettings
 from heatopt.optim._arguments import check_arguments
 from heatopt.optim._data_parallel import DataParallelOptimizer
 from heatopt.optim._local import LocalOptimizer, Place
@@ -96,12 +96,12 @@ def check_place(comm: Communicator | None, model: torch.nn.Module | None, within
     )
 
 
-def check_nested(nested: object, sync_every: int) -> tuple[int, ...]:
-    """The periods of nested groups: ascending divisors of each other and of ``sync_every``.
+def check_nested(nested: object) -> tuple[int, ...]:
+    """The periods of nested groups.
 
     Raises:
         TypeError: not pairs of a group and a period.
-        ValueError: periods that do not divide each other.
+        ValueError: a period smaller than 1.
     """
     if isinstance(nested, str) or not isinstance(nested, Sequence):
         raise TypeError(f"nested must be pairs of a group and its period, got {nested!r}")
@@ -113,12 +113,27 @@ def check_nested(nested: object, sync_every: int) -> tuple[int, ...]:
         if group != "node" and not isinstance(group, Communicator):
             raise TypeError(f"a nested group must be 'node' or a heatopt.comm.Communicator, got {group!r}")
         periods.append(check_integer("the period of a nested group", period, 1))
-    for short, long in pairwise((*periods, sync_every)):
-        if long % short or long == short:
-            raise ValueError(
-                f"periods of nested groups must grow and divide each other and sync_every, got {(*periods, sync_every)}"
-            )
     return tuple(periods)
+
+
+def check_period(asked: Sequence[object]) -> int:
+    """The period that the groups ask for.
+
+    Raises:
+        ValueError: none, not a whole number, one smaller than 1, or several.
+    """
+    for number, period in enumerate(asked):
+        if isinstance(period, bool) or not isinstance(period, Integral) or period < 1:
+            raise ValueError(
+                f"{PERIOD} of parameter group {number} must be a whole number >= 1 when a period begins, got "
+                f"{period!r}; drive it by a schedule of whole numbers, such as heatopt.lr_scheduler.Rounded(schedule)"
+            )
+        if period != asked[0]:
+            raise ValueError(
+                f"{PERIOD} must be the same in all parameter groups, which are averaged together: group 0 has "
+                f"{asked[0]}, group {number} has {period}; leave it out of the scheduler's groups="
+            )
+    return int(asked[0])  # type: ignore[call-overload, no-any-return]
 
 
 def check_moments(average_moments: object, shard: str) -> tuple[int, int] | None:

@@ -1,148 +1,21 @@
-"""Local-update methods with fixed periods: each is a setting of the engine."""
+"""The local-update methods with periods: each is a setting of the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
-from heatopt.comm import Communicator
-from heatopt.local import CO2Momentum, OuterFactory, PeriodicSchedule, SlowMomentum, SyncPlan
-from heatopt.optim._local import LocalOptimizer
-from heatopt.optim._local_arguments import (
-    Nested,
-    check_choices,
-    check_integer,
-    check_moments,
-    check_nested,
-    check_number,
-    check_place,
-    check_wire,
-    make_settings,
-    within_name,
-)
+from heatopt.local import CO2Momentum, OuterFactory, SlowMomentum, SyncPlan
+from heatopt.optim._local_arguments import Nested, check_number
+from heatopt.optim._periodic import LocalOptions, PeriodicOptimizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
-__all__ = ["CO2", "DiLoCo", "LocalOptions", "LocalSGD", "PeriodicOptimizer", "SlowMo"]
-
-
-class LocalOptions(TypedDict, total=False):
-    """The keyword arguments that all methods with fixed periods take."""
-
-    model: torch.nn.Module | None
-    """The module that the parameters belong to. Its floating buffers are averaged with the parameters, others are taken
-    from rank 0."""
-    comm: Communicator | None
-    """The ranks; default :func:`heatopt.world`."""
-    within: Communicator | str | None
-    """The ranks that average their gradients at each update and so count as one: None (the default): no others; "node";
-    or a communicator."""
-    average_moments: tuple[int, int] | None
-    """Periods of first and second moments, in units of ``sync_every``, after which they are averaged; (3, 6) is
-    recommended in DES-LOC, arXiv 2505.22549. Default: never."""
-    wire_dtype: torch.dtype | None
-    """What changes since the last average are rounded to on the network; sums are in single precision. Default: they
-    are not rounded."""
-    error_feedback: bool
-    """Add what was rounded away to the next change. Default: no."""
-    shard: str
-    """As in :class:`DataParallelOptimizer`, among the ranks that average gradients. Default: "none"."""
-    timeout: float | None
-    """Seconds; as in :class:`DataParallelOptimizer`."""
-
-
-class PeriodicOptimizer(LocalOptimizer):
-    """Base of the methods with fixed periods, with all their settings. Not made by users."""
-
-    def __init__(
-        self,
-        torch_optimizer: torch.optim.Optimizer,
-        *,
-        sync_every: int,
-        outer: OuterFactory | None,
-        warmup_steps: int = 0,
-        delay: int = 0,
-        fragments: int = 1,
-        mix: float | str = 0.0,
-        send_first: bool = False,
-        nested: Nested = (),
-        model: torch.nn.Module | None = None,
-        comm: Communicator | None = None,
-        within: Communicator | str | None = None,
-        average_moments: tuple[int, int] | None = None,
-        wire_dtype: torch.dtype | None = None,
-        error_feedback: bool = False,
-        shard: str = "none",
-        timeout: float | None = None,
-    ) -> None:
-        optimizer, shard, timeout = check_choices(
-            torch_optimizer, model=model, comm=comm, shard=shard, timeout=timeout, within=within
-        )
-        _check_outer(outer)
-        check_wire(wire_dtype, error_feedback)
-        schedule = PeriodicSchedule(
-            check_integer("sync_every", sync_every, 1),
-            fragments=_check_fragments(fragments, sync_every, optimizer),
-            delay=_check_delay(delay, sync_every),
-            warmup_steps=check_integer("warmup_steps", warmup_steps, 0),
-            nested=check_nested(nested, sync_every),
-            moments=check_moments(average_moments, shard),
-            send_first=send_first,
-        )
-        merge, share = _merging(mix)
-        settings = make_settings(
-            self,
-            optimizer,
-            schedule,
-            fragments=schedule.fragments,
-            merge=merge,
-            share=share,
-            wire_dtype=wire_dtype,
-            error_feedback=error_feedback,
-            within=within_name(within),
-            shard=shard,
-            timeout=timeout,
-        )
-        self._construct(optimizer, check_place(comm, model, within, nested), settings, outer)
-
-    def _plan(self) -> SyncPlan:
-        schedule: PeriodicSchedule = self._settings.periods
-        return schedule.plan(self._engine.updates + 1)
-
-
-def _merging(mix: object) -> tuple[str, float]:
-    if isinstance(mix, str):
-        if mix != "delta":
-            raise ValueError(f"mix must be 'delta' or a number from 0 to 1, got {mix!r}")
-        return "delta", 0.0
-    return "mix", check_number("mix", mix, 0, 1)
-
-
-def _check_fragments(fragments: object, sync_every: int, optimizer: torch.optim.Optimizer) -> int:
-    fragments = check_integer("fragments", fragments, 1)
-    most = min(sync_every, max(1, sum(len(group["params"]) for group in optimizer.param_groups)))
-    if fragments > most:
-        raise ValueError(f"fragments must be at most sync_every and the number of parameters ({most} here)")
-    return fragments
-
-
-def _check_delay(delay: object, sync_every: int) -> int:
-    delay = check_integer("delay", delay, 0)
-    if delay > sync_every:
-        raise ValueError(f"delay must be at most sync_every ({sync_every}), got {delay}")
-    return delay
-
-
-def _check_outer(outer: object) -> None:
-    if outer is not None and (not callable(outer) or isinstance(outer, torch.optim.Optimizer)):
-        raise TypeError(
-            "outer must make an optimizer of the parameters that it is given, such as "
-            f"lambda params: torch.optim.SGD(params, lr=0.7), got {outer!r}"
-        )
+__all__ = ["CO2", "DiLoCo", "LocalSGD", "SlowMo"]
 
 
 class LocalSGD(PeriodicOptimizer):
@@ -160,7 +33,7 @@ class LocalSGD(PeriodicOptimizer):
     ``add_param_group`` are collective. With one process the wrapped optimizer's step is all that happens.
 
     The other keyword arguments, ``model``, ``comm``, ``within``, ``average_moments``, ``wire_dtype``,
-    ``error_feedback``, ``shard`` and ``timeout``, are those of all methods with fixed periods: ``LocalOptions``.
+    ``error_feedback``, ``shard`` and ``timeout``, are those of all methods with periods: ``LocalOptions``.
 
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
@@ -362,9 +235,7 @@ class CO2(PeriodicOptimizer):
             gap=check_number("gap", gap, 0, open_low=True),
             clip=None if clip is None else check_number("clip", clip, 0, open_low=True),
         )
-        super().__init__(
-            torch_optimizer, sync_every=sync_every, outer=outer, delay=sync_every, send_first=True, **common
-        )
+        super().__init__(torch_optimizer, sync_every=sync_every, outer=outer, late=True, **common)
 
 
 def _check_momentum(name: str, value: object) -> float:

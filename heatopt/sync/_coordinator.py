@@ -64,6 +64,7 @@ class Call(IntEnum):
     STATE = 10
     MERGE = 11
     EPOCH = 12
+    PERIOD = 13
 
     def __str__(self) -> str:
         return _CALL_NAMES[self]
@@ -82,6 +83,7 @@ _CALL_NAMES = {
     Call.STATE: "state_dict() or another look at sharded states",
     Call.MERGE: "an average of local updates",
     Call.EPOCH: "epoch_loss_logic()",
+    Call.PERIOD: "the first period, of another length than at construction",
 }
 
 # What a header's mask asks for: bit b for the buckets whose number is b modulo 61, and two more.

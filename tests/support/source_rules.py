@@ -81,7 +81,7 @@ METHODS_WITH_MANY_SETTINGS: dict[str, str] = {
     "heatopt.optim._arguments.check_arguments": "the arguments of DataParallelOptimizer, by keyword",
     "heatopt.optim._daso.DASO.__init__": "the arguments of Heat's DASO",
     "heatopt.optim._data_parallel.DataParallelOptimizer.__init__": "what users choose, by keyword",
-    "heatopt.optim._local_methods.PeriodicOptimizer.__init__": "the settings of all local methods",
+    "heatopt.optim._periodic.PeriodicOptimizer.__init__": "the settings of all local methods",
 }
 
 # Here constructors have the parameters that other systems, or torch, have given them.

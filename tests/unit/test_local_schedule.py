@@ -57,9 +57,13 @@ def test_fragments_of_an_uneven_period_are_each_sent_once() -> None:
     assert sent == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize(("send_first", "order"), [(False, (Merge(0), Send(0, 2))), (True, (Send(0, 2), Merge(0)))])
-def test_a_delay_of_a_whole_period(send_first: bool, order: tuple[object, ...]) -> None:
-    assert actions(PeriodicSchedule(2, delay=2, send_first=send_first), 4) == {2: (Send(0, 2),), 4: order}
+def test_a_delay_of_a_whole_period() -> None:
+    assert actions(PeriodicSchedule(2, delay=2), 4) == {2: (Send(0, 2),), 4: (Merge(0), Send(0, 2))}
+
+
+def test_what_is_late_is_merged_after_the_next_sending() -> None:
+    found = actions(PeriodicSchedule(2, delay=None), 6)
+    assert found == {2: (Send(0, 1),), 4: (Send(0, 1), Merge(0)), 6: (Send(0, 1), Merge(0))}
 
 
 def test_only_the_longest_nested_period_counts() -> None:
