@@ -199,8 +199,11 @@ class ParamScheduler(LRScheduler):
         ]
 
     def _check(self) -> None:
+        decided = getattr(self.optimizer, "decided_options", {})
         for number, group in enumerate(self.optimizer.param_groups):
             for option, drive in self._drives(number).items():
+                if option in decided:
+                    raise ValueError(f"{option!r} of {type(self.optimizer).__name__} {decided[option]}")
                 check_fit(f"parameter group {number} of {type(self.optimizer).__name__}", group, option, drive)
 
     def _update_lr(self, epoch: int | None = None) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from heatopt._log import logger
 from heatopt.comm import Communicator
-from heatopt.local import Cycle, DasoPeriods, LocalSettings, SyncPlan
+from heatopt.local import PERIOD, Cycle, DasoPeriods, LocalSettings, SyncPlan
 from heatopt.optim._local import LocalOptimizer
 from heatopt.optim._local_arguments import (
     check_choices,
@@ -72,6 +72,12 @@ class DASO(LocalOptimizer):
         ValueError: an argument out of range, or a parameter that another wrapper has.
         RankMismatchError: on all ranks, if their optimizers or settings differ; names the first difference.
     """
+
+    decided_options: ClassVar[dict[str, str]] = {
+        PERIOD: "cannot be driven: it decides itself, from the loss, how often nodes meet (global_skip) and when that "
+        "is merged (batches_to_wait); max_global_skips limits both"
+    }
+    """Options that no schedule may drive, and why."""
 
     def __init__(
         self,

@@ -84,6 +84,84 @@ def test_moments_are_averaged_less_often() -> None:
     }
 
 
+# Periods that change
+
+
+def driven(schedule: PeriodicSchedule, lengths: list[int]) -> dict[int, tuple[object, ...]]:
+    """The actions of periods of these lengths, one after the other."""
+    found: dict[int, tuple[object, ...]] = {}
+    step = schedule.warmup_steps
+    for length in lengths:
+        schedule = schedule.followed_by(length, step)
+        for place in range(1, length + 1):
+            plan = schedule.plan(step + place)
+            assert plan == schedule.plan(step + place)
+            assert plan.ends_period == (place == length)
+            if plan.actions:
+                found[step + place] = plan.actions
+        step += length
+    return found
+
+
+LENGTHS = [4, 4, 2, 7, 3, 3, 2, 8]
+
+
+@pytest.mark.parametrize(("delay", "fragments"), [(0, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_fragments_are_sent_within_their_period_and_merged_when_due(delay: int, fragments: int, warmup: int) -> None:
+    expected: dict[int, list[object]] = {}
+    start = warmup
+    for length in LENGTHS:
+        for fragment in range(fragments):
+            sent = start + (fragment + 1) * length // fragments
+            expected.setdefault(sent, []).append(Send(fragment, delay))
+            expected.setdefault(sent + delay, []).append(Merge(fragment))
+        start += length
+    found = driven(PeriodicSchedule(4, fragments=fragments, delay=delay, warmup_steps=warmup), LENGTHS)
+    assert {step: set(actions) for step, actions in found.items()} == {
+        step: set(actions) for step, actions in expected.items() if step <= start
+    }
+    for actions in found.values():  # what is on its way is merged before the same fragment is sent again
+        order = [type(action) for action in actions if getattr(action, "fragment", None) == 0]
+        assert order in ([], [Merge], [Send], [Send, Merge] if delay == 0 else [Merge, Send])
+
+
+def test_what_is_late_is_merged_at_the_end_of_the_next_period_whatever_its_length() -> None:
+    found = driven(PeriodicSchedule(4, delay=None), [4, 2, 5])
+    assert found == {4: (Send(0, 1),), 6: (Send(0, 1), Merge(0)), 11: (Send(0, 1), Merge(0))}
+
+
+def test_moments_count_periods_and_nested_groups_updates() -> None:
+    found = driven(PeriodicSchedule(4, moments=(2, 3), nested=(2,)), [4, 8, 4, 4, 8, 4])
+    moments = [
+        (step, action.order) for step, actions in found.items() for action in actions if type(action) is MomentMean
+    ]
+    assert moments == [(12, 1), (16, 2), (20, 1), (32, 1), (32, 2)]
+    nested = [step for step, actions in found.items() if GroupMean(0) in actions]
+    assert nested == [2, 6, 8, 10, 14, 18, 22, 24, 26, 30]
+
+
+def test_an_average_covers_the_updates_since_the_last_of_its_fragment() -> None:
+    schedule = PeriodicSchedule(6, fragments=2)
+    assert [schedule.plan(step).covers for step in (3, 6, 9, 12)] == [3, 6, 6, 6]
+    schedule = schedule.followed_by(2, 12)
+    assert [schedule.plan(step).covers for step in (13, 14, 15, 16)] == [4, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "length", "message"),
+    [
+        (PeriodicSchedule(4, delay=3), 2, "sync_every must be at least 3, with fragments=1 and delay=3, got 2"),
+        (PeriodicSchedule(4, fragments=3), 2, "sync_every must be at least 3, with fragments=3 and delay=0, got 2"),
+        (PeriodicSchedule(4, nested=(2,)), 5, r"grow and divide each other and sync_every, got \(2, 5\)"),
+        (PeriodicSchedule(4, nested=(2,)), 2, r"grow and divide each other and sync_every, got \(2, 2\)"),
+    ],
+)
+def test_periods_that_are_too_short(schedule: PeriodicSchedule, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule.followed_by(length, 4)
+
+
 def test_merges_alone_need_no_meeting() -> None:
     assert not SyncPlan(actions=(Merge(0), ReplicaMean())).meets
     assert SyncPlan(actions=(Merge(0), Send(0))).meets
