@@ -153,6 +153,8 @@ class Ramp(Schedule):
 class ExponentialDecay(Schedule):
     r"""``init_value * decay_rate ** (n / decay_steps)``; with ``staircase`` the exponent is rounded down.
 
+    With a rate above 1 it grows without limit, up to where no number is left: there ``value`` raises ValueError.
+
     Source: SINGA's ``opt.ExponentialDecay``, whose arguments these are.
 
     Raises:
@@ -175,7 +177,7 @@ class ExponentialDecay(Schedule):
 
     def at(self, n: float) -> float:
         exponent = n // self.decay_steps if self.staircase else n / self.decay_steps
-        return float(self.init_value * self.decay_rate**exponent)
+        return _power(self, self.init_value, self.decay_rate, exponent, n)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Milestones(Schedule):
         object.__setattr__(self, "milestones", tuple(self.milestones))  # a list could be changed later
 
     def at(self, n: float) -> float:
-        return float(self.init_value * self.gamma ** bisect_right(self.milestones, n))
+        return _power(self, self.init_value, self.gamma, bisect_right(self.milestones, n), n)
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,22 @@ class LinearScaling(Schedule):
     def at(self, n: float) -> float:
         grown = n / self.warmup_steps if n < self.warmup_steps else 1.0
         return self.schedule.at(n) * (1 + (self.ranks - 1) * grown)
+
+
+def _power(schedule: Schedule, start: float, rate: float, exponent: float, n: float) -> float:
+    """``start * rate ** exponent``, the value of ``schedule`` at ``n``; 0 for a start of 0."""
+    if start == 0:
+        return 0.0
+    try:
+        value = start * math.pow(rate, exponent)
+    except OverflowError:
+        value = math.inf
+    if math.isinf(value):
+        raise ValueError(
+            f"{schedule} is too large for a number at count {n:g}, because its rate is above 1; choose a rate of at "
+            "most 1, or a schedule with an end, such as Ramp"
+        )
+    return value
 
 
 def _left(style: str, q: float) -> float:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import pickle
 from dataclasses import dataclass
 from decimal import Decimal, getcontext
@@ -201,6 +202,26 @@ def test_exponential_decay(staircase: bool) -> None:
 def test_exponential_decay_by_hand() -> None:
     assert [ExponentialDecay(8.0, 2, 0.25).value(n) for n in range(5)] == [8.0, 4.0, 2.0, 1.0, 0.5]
     assert [ExponentialDecay(8.0, 2, 0.25, True).value(n) for n in range(5)] == [8.0, 8.0, 2.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "count"),
+    [
+        (ExponentialDecay(0.1, 3, 1.5), 10**9),
+        (ExponentialDecay(0.1, 1, 2, staircase=True), 10**12),  # whole numbers have no limit of their own
+        (ExponentialDecay(1e308, 1, 9.0), 1),  # the product alone
+        (Milestones(0.1, (1, 2), gamma=1e200), 2),
+    ],
+)
+def test_growth_beyond_all_numbers(schedule: Schedule, count: int) -> None:
+    assert schedule.value(0) > 0
+    with pytest.raises(ValueError, match=re.escape(f"too large for a number at count {count:g}, because")):
+        schedule.value(count)
+
+
+def test_growth_from_nothing_and_decay_to_nothing() -> None:
+    assert ExponentialDecay(0.0, 3, 1.5).value(10**9) == 0.0
+    assert ExponentialDecay(0.1, 3, 0.5).value(10**9) == 0.0
 
 
 @pytest.mark.parametrize("k", [1, 2, 8, 256])
