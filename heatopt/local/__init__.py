@@ -5,12 +5,14 @@ from __future__ import annotations
 from heatopt.local._cycle import Cycle, DasoPeriods, DetectMetricPlateau, Phase
 from heatopt.local._engine import LocalEngine
 from heatopt.local._outer import CO2Momentum, OuterFactory, SlowMomentum
+from heatopt.local._samples import PLAIN
 from heatopt.local._schedule import PeriodicSchedule, SyncPlan
 from heatopt.local._settings import LocalSettings
 from heatopt.local._subject import PERIOD, Subject
 
 __all__ = [
     "PERIOD",
+    "PLAIN",
     "CO2Momentum",
     "Cycle",
     "DasoPeriods",

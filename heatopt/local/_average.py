@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from heatopt.comm import Handle
-from heatopt.local._packing import Packed
+from heatopt.local._packing import Packed, weighed
 from heatopt.local._replicas import Replicas
 
 __all__ = ["DelayedAverage", "Kind", "Parcel"]
@@ -57,7 +57,7 @@ class DelayedAverage:
 
     @classmethod
     def begin(
-        cls, parcel: Parcel, tensors: list[torch.Tensor], replicas: Replicas, chunk: int, weight: float = 1.0
+        cls, parcel: Parcel, tensors: list[torch.Tensor], replicas: Replicas, chunk: int, weight: float | None = None
     ) -> DelayedAverage:
         """Send ``tensors``; with a delay of 0 the result is there when this returns. Collective.
 
@@ -66,9 +66,9 @@ class DelayedAverage:
             tensors: on this rank.
             replicas: who averages.
             chunk: most elements of one message.
-            weight: of this rank in a mean, beside that of its replica; on average 1.
+            weight: of this replica in a mean, on average 1; None: all count alike.
         """
-        packed = Packed(tensors if parcel.kind is Kind.TOTAL else replicas.weigh(tensors, weight), chunk)
+        packed = Packed(tensors if parcel.kind is Kind.TOTAL else weighed(tensors, weight), chunk)
         average = cls(parcel, packed, replicas)
         op = "sum" if parcel.kind is Kind.TOTAL else "mean"
         group = replicas.background(parcel.turn) if parcel.delay else replicas.group(parcel.turn)

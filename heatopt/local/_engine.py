@@ -22,16 +22,17 @@ import torch
 
 from heatopt.comm import Communicator
 from heatopt.local._average import DelayedAverage, Kind, Parcel
+from heatopt.local._changes import changes, kind_of
 from heatopt.local._fragments import cut
-from heatopt.local._means import average_buffers, average_moments, average_over
+from heatopt.local._means import average_buffers, average_moments, average_over, exchange_numbers
 from heatopt.local._outer import Outer, OuterFactory
 from heatopt.local._replicas import Replicas
-from heatopt.local._rules import keep_progress, mix, weigh_stale, weight_of
+from heatopt.local._rules import keep_progress, mix, weigh_stale
+from heatopt.local._samples import Samples, shares_of
 from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, ReplicaMean, Send, SyncPlan
 from heatopt.local._settings import LocalSettings
 from heatopt.local._subject import PERIOD, Subject
 from heatopt.sync import (
-    NO_WEIGHT,
     Call,
     Coordinator,
     Fingerprint,
@@ -80,7 +81,9 @@ class LocalEngine:
         self._nested = nested
         self._turns = 0  # averages begun so far
         self._apart = False  # the ranks of this replica have trained alone since they were equal
-        self._weight = 1.0  # of this rank in averages, on average 1
+        self._samples = Samples(settings.fragments + 1)  # since each fragment was sent; last, since ranks were united
+        self._sending = 0  # the fragment that a header is about
+        self._shares: tuple[float, ...] | None = None  # of all ranks in averages, on average 1; None: equal ones
         self.sent_after = 0
         """Number of the last update after which something was sent."""
         self.idle_since: int | None = None
@@ -103,7 +106,7 @@ class LocalEngine:
 
     @property
     def weight_word(self) -> float:
-        return NO_WEIGHT
+        return self._samples.words[self._sending]
 
     def run_round(self, mask: int, mean: Mean) -> None:
         pass
@@ -174,17 +177,23 @@ class LocalEngine:
             self.outer.capture(self._subject.parameters())  # equal on all ranks, as they are until ranks train alone
             self._anchored = True
 
+    def note_update(self, word: float) -> None:
+        """An update has been made; see :meth:`Samples.note`."""
+        self._samples.note(word)
+
     @torch.no_grad()
     def run(self, plan: SyncPlan) -> None:
         """Carry out what follows an update. Collective, unless there is nothing but merges of averages sent."""
         if not plan.actions or self._coordinator is None:
             return
         if plan.meets:
-            payloads = [row.payload for row in self.meet(Call.MERGE, self._idleness(plan))]
+            self._sending = next((action.fragment for action in plan.actions if isinstance(action, Send)), 0)
+            rows = self.meet(Call.MERGE, self._idleness(plan))
+            payloads = [row.payload for row in rows]
             self.all_idle = all(payloads)
             if self.all_idle:
                 return
-            self._weight = weight_of(payloads, self._comm.rank)
+            self._shares = shares_of([row.weight for row in rows], payloads)
         for action in plan.actions:
             self._act(action)
 
@@ -214,17 +223,21 @@ class LocalEngine:
         Returns:
             What all ranks announced with their call.
         """
+        self._sending = 0
         rows = self.meet(call, payload)
-        if self._coordinator is not None:
-            self._weight = (
-                weight_of([row.payload for row in rows], self._comm.rank) if call is Call.SYNCHRONIZE else 1.0
-            )
-            for _, flight in sorted(self._flight.items()):
-                while flight:
-                    self._merge(flight.popleft())
-            for fragment in range(self.settings.fragments):
-                self._act(Send(fragment, full=True))
-                self._act(Merge(fragment))
+        if self._coordinator is None:
+            return rows
+        words = [[row.weight] for row in rows]
+        if self.settings.fragments > 1:
+            words = exchange_numbers(self._coordinator.channel, self._samples.words, "samples of each fragment")
+        idle = [row.payload if call is Call.SYNCHRONIZE else 0.0 for row in rows]
+        for _, flight in sorted(self._flight.items()):
+            while flight:
+                self._merge(flight.popleft())
+        for fragment in range(self.settings.fragments):
+            self._shares = shares_of([found[fragment] for found in words], idle)
+            self._act(Send(fragment, full=True))
+            self._act(Merge(fragment))
         return rows
 
     @property
@@ -241,7 +254,7 @@ class LocalEngine:
         assert self._replicas is not None
         self._unite()  # a delegate speaks for its replica
         indices = self._subject.among(self._fragments[action.fragment])
-        kind = self._kind(action)
+        kind = kind_of(action, self.settings, self.outer)
         parameters = self._subject.parameters()
         values = [parameters[index].detach() for index in indices]
         keeps = action.delay > 0 and self.settings.merge == "delta"
@@ -256,36 +269,14 @@ class LocalEngine:
             sent=tuple(value.clone() for value in values) if keeps else None,
         )
         self._turns += 1
+        self._samples.take(action.fragment)
         self.sent_after = self.updates
-        payload = self._deltas(indices, values) if kind is Kind.DELTA else values
-        average = DelayedAverage.begin(parcel, payload, self._replicas, self.settings.chunk, self._weight)
+        if kind is Kind.DELTA:
+            assert self.outer is not None
+            values = changes(self.outer, indices, values, self.settings)
+        weight = self._replicas.weight(self._shares)
+        average = DelayedAverage.begin(parcel, values, self._replicas, self.settings.chunk, weight)
         self._flight.setdefault(action.fragment, deque()).append(average)
-
-    def _kind(self, action: Send) -> Kind:
-        if self.settings.merge == "daso" and action.delay:
-            return Kind.TOTAL
-        if action.full or self.outer is None or (self.outer.is_average and self.settings.wire_dtype is None):
-            return Kind.MEAN
-        return Kind.DELTA
-
-    def _deltas(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        assert self.outer is not None
-        wire = self.settings.wire_dtype
-        deltas = []
-        for index, value in zip(indices, values, strict=True):
-            anchor = self.outer.anchors[index]
-            # A replica began from the anchor as its parameters' dtype can hold it.
-            delta = value.to(anchor.dtype) - anchor.to(value.dtype).to(anchor.dtype)
-            if wire is None or delta.is_complex() or delta.element_size() <= wire.itemsize:
-                deltas.append(delta)
-                continue
-            if index in self.outer.residuals:
-                delta = delta + self.outer.residuals[index]
-            rounded = delta.to(wire)
-            if self.settings.error_feedback:
-                self.outer.residuals[index] = delta - rounded
-            deltas.append(rounded)
-        return deltas
 
     def _merge(self, average: DelayedAverage) -> None:
         parcel = average.parcel
@@ -325,8 +316,12 @@ class LocalEngine:
 
     def _unite(self) -> None:
         """Make the ranks of this replica equal if they have trained alone. Collective in the replica."""
+        word = self._samples.take(-1)
         if self._apart and self._within is not None:
-            average_over(self._within, self._trained_parameters(), self.settings.chunk)
+            words = exchange_numbers(self._within, [word], "samples of each rank of the replica")
+            shares = shares_of([found for (found,) in words], [0.0] * self._within.size)
+            weight = None if shares is None else shares[self._within.rank]
+            average_over(self._within, self._trained_parameters(), self.settings.chunk, weight)
         self._apart = False
 
     # Changes
@@ -361,6 +356,7 @@ class LocalEngine:
             "trained": sorted(self._subject.trained),
             "apart": self._apart,
             "sent_after": self.sent_after,
+            "samples": list(self._samples.words),
             "anchors": [a.clone() for a in outer.anchors] if outer is not None and anchored else None,
             "outer": outer.optimizer.state_dict() if outer is not None and outer.optimizer is not None else None,
             "residuals": {index: r.clone() for index, r in outer.residuals.items()} if outer is not None else {},
@@ -382,6 +378,9 @@ class LocalEngine:
         self.updates, self._turns = state["updates"], state["averages"]
         self._apart, self.sent_after = state.get("apart", False), state.get("sent_after", 0)
         self._subject.trained = set(state["trained"])
+        self._samples = Samples(self.settings.fragments + 1)
+        if state["ranks"] == self._comm.size and len(state.get("samples", ())) == len(self._samples.words):
+            self._samples.words = list(state["samples"])
         parameters = self._subject.parameters()
         for saved in state.get("flight", ()) if self._comm.size > 1 else ():
             self._flight.setdefault(saved["fragment"], deque()).append(DelayedAverage.from_state(saved, parameters))

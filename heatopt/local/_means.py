@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from heatopt.comm import Communicator
 from heatopt.local._moments import moments_of
-from heatopt.local._packing import Packed
+from heatopt.local._packing import Packed, weighed
 from heatopt.local._subject import Subject
 from heatopt.sync import broadcast_tensors
 
-__all__ = ["average_buffers", "average_moments", "average_over"]
+__all__ = ["average_buffers", "average_moments", "average_over", "exchange_numbers"]
 
 
-def average_over(group: Communicator, tensors: Sequence[torch.Tensor], chunk: int) -> None:
-    """Replace ``tensors`` by their means over ``group``, in messages of at most ``chunk`` elements. Collective."""
-    packed = Packed(tensors, chunk)
+def average_over(group: Communicator, tensors: Sequence[torch.Tensor], chunk: int, weight: float | None = None) -> None:
+    """Replace ``tensors`` by their means over ``group``, in messages of at most ``chunk`` elements. Collective.
+
+    Args:
+        group: the ranks.
+        tensors: of the same shapes and dtypes on all of them.
+        chunk: most elements of one message.
+        weight: of this rank, on average 1; None: all count alike.
+    """
+    packed = Packed(weighed(tensors, weight), chunk)
     for part in packed.chunks:
         group.allreduce(part, "mean")
     for tensor, mean in zip(tensors, packed.unpack(), strict=True):
         tensor.copy_(mean)
+
+
+def exchange_numbers(group: Communicator, numbers: Sequence[float], what: str) -> list[list[float]]:
+    """The numbers of every rank of ``group``. Collective."""
+    words = np.array(numbers, dtype=np.float64).view(np.int64)
+    found: list[list[float]] = group.exchange_words(words, what).view(np.float64).tolist()
+    return found
 
 
 def average_buffers(channel: Communicator, subject: Subject, chunk: int) -> None:

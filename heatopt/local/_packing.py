@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Packed"]
+__all__ = ["Packed", "weighed"]
+
+
+def weighed(tensors: Sequence[torch.Tensor], weight: float | None) -> list[torch.Tensor]:
+    """``tensors`` times ``weight``, at least in single precision; with None as they are, with 0 zeros in any case."""
+    if weight is None:
+        return list(tensors)
+    wide = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    return [tensor * weight if weight else torch.zeros_like(tensor) for tensor in wide]
 
 
 class Packed:

@@ -10,7 +10,8 @@ whatever its number of ranks; one with more ranks counts for more, as its ranks 
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Sequence
 
 from heatopt.comm import Communicator
 from heatopt.local._packing import Packed
@@ -32,7 +33,7 @@ class Replicas:
         members = sorted({tuple(found) for found in comm.exchange_objects(own, "the ranks of each replica")}, key=min)
         self.count = len(members)
         """Number of replicas."""
-        self._weight = len(own) * self.count / comm.size  # on average 1
+        self._own, self._size = own, comm.size
         longest = max(map(len, members))
         self._equal = longest * self.count == comm.size
         self._groups: list[Communicator | None] = [comm]
@@ -65,8 +66,12 @@ class Replicas:
         for chunk in packed.chunks:
             self.within.broadcast_bytes(chunk, root, f"average number {turn} within the node")
 
-    def weigh(self, tensors: list[torch.Tensor], weight: float) -> list[torch.Tensor]:
-        """``tensors`` times ``weight`` and the replica's, at least in single precision, where ranks' weights differ."""
-        if self._equal and weight == 1:
-            return tensors
-        return [t.to(torch.promote_types(t.dtype, torch.float32)) * (self._weight * weight) for t in tensors]
+    def weight(self, shares: Sequence[float] | None) -> float | None:
+        """How much this replica counts in a mean, on average 1; None: all count alike.
+
+        Args:
+            shares: of all ranks, on average 1; None: equal ones.
+        """
+        if shares is None:
+            return None if self._equal else len(self._own) * self.count / self._size
+        return math.fsum(shares[rank] for rank in self._own) * self.count / self._size

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-__all__ = ["keep_progress", "mix", "weigh_stale", "weight_of"]
+__all__ = ["keep_progress", "mix", "weigh_stale"]
 
 
 def mix(center: torch.Tensor, now: torch.Tensor, share: float) -> torch.Tensor:
@@ -30,9 +28,3 @@ def weigh_stale(total: torch.Tensor, now: torch.Tensor, delay: int, count: int) 
     """
     weight = 2.0 * delay if delay else 1.0
     return (now * weight + total) / (weight + count)
-
-
-def weight_of(payloads: Sequence[float], rank: int) -> float:
-    """How much ``rank`` counts in a mean, on average 1: those with a payload of 1 count for nothing, unless all do."""
-    counted = sum(payload < 1 for payload in payloads)
-    return 1.0 if counted in (0, len(payloads)) else len(payloads) / counted * (payloads[rank] < 1)

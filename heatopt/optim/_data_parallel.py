@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy
 import torch
 
 from heatopt.comm import Communicator, world
@@ -18,6 +17,7 @@ from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._own_parameters import WritableParameters
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
+from heatopt.sharding import States
 from heatopt.sync import (
     Call,
     Compression,
@@ -201,27 +201,6 @@ class DataParallelOptimizer(WritableParameters):
         self._gradients.consume()
         return result
 
-    def minimize(
-        self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None, name: str = ""
-    ) -> torch.Tensor:
-        """Take one step by the averaged gradients of ``loss`` alone; those from before are cleared. Collective.
-
-        The same as ``zero_grad()``, ``loss.backward()`` and ``step()``. Not for algorithms that need a closure.
-
-        Args:
-            loss: of this rank.
-            var_list: parameters that get a gradient; default: all that the loss depends on.
-            grad_loss: the gradient with respect to the loss, by default 1.
-            name: of the operation, where there is a graph of them, as in Hetu; not looked at.
-
-        Returns:
-            The loss, without its graph. The gradients are left in ``p.grad``.
-        """
-        self.zero_grad()
-        torch.autograd.backward(loss, grad_loss, inputs=var_list)
-        self.step()
-        return loss.detach()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
         self._gradients.clear(set_to_none)
@@ -348,15 +327,8 @@ class DataParallelOptimizer(WritableParameters):
         self._states.load_state_dict(state_dict)
         self._gradients.loads += 1
 
-    @outside_graphs
-    def get_states(self, param: torch.Tensor) -> dict[str, Any]:
-        """A copy of the whole state of a parameter, wherever it lives. Collective if it is sharded."""
-        return self._states.get(param)
-
-    @outside_graphs
-    def set_states(self, param: torch.Tensor, name: str, value: Any) -> None:
-        """Replace one entry of a parameter's whole state, with the same value on all ranks. Collective if sharded."""
-        self._states.set(param, name, torch.as_tensor(value) if isinstance(value, numpy.ndarray) else value)
+    def _present_states(self) -> States:
+        return self._states
 
     # Copies
 

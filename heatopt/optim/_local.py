@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from heatopt.comm import Communicator, world
+from heatopt.comm import world
 from heatopt.local import LocalEngine, LocalSettings, OuterFactory, Subject, SyncPlan
 from heatopt.optim._arguments import parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._data_parallel import DataParallelOptimizer
+from heatopt.optim._local_steps import LocalSteps, Place
 from heatopt.optim._ownership import claim, refuse_owned, release
-from heatopt.optim._wrapper import OptimizerWrapper
-from heatopt.sync import GradientShards, broadcast_state, outside_graphs, start_equal
+from heatopt.sharding import States, WholeStates
+from heatopt.sync import (
+    GradientShards,
+    LocalGradients,
+    broadcast_state,
+    outside_graphs,
+    start_equal,
+)
 
 __all__ = ["LocalOptimizer", "Place"]
 
@@ -26,30 +33,7 @@ STATE_KEY = "local"
 """Where a state dict has what the method itself must remember."""
 
 
-class Place:
-    """Where an optimizer is: the communicators, and the model.
-
-    Args:
-        comm: all ranks.
-        model: gives names and buffers; may be None.
-        within: the ranks of this rank's replica, or None.
-        nested: groups within which parameters are averaged more often.
-    """
-
-    def __init__(
-        self,
-        comm: Communicator,
-        model: torch.nn.Module | None,
-        within: Communicator | None = None,
-        nested: Sequence[Communicator] = (),
-    ) -> None:
-        self.comm = comm
-        self.model = model
-        self.within = within
-        self.nested = tuple(nested)
-
-
-class LocalOptimizer(OptimizerWrapper):
+class LocalOptimizer(LocalSteps):
     """Base of the local-update methods. Not made by users.
 
     Between averages each replica (a rank, or the ranks of a group) trains alone; what is averaged when is a plan. The
@@ -72,8 +56,10 @@ class LocalOptimizer(OptimizerWrapper):
         self._engine = LocalEngine(
             place.comm, self._subject, settings, outer=outer, within=place.within, nested=place.nested
         )
-        self._stepper: torch.optim.Optimizer = torch_optimizer
+        self._stepper = torch_optimizer
         self._stepper_is_exact = False
+        self._own_gradients = LocalGradients(lambda: torch_optimizer.param_groups)
+        self._gradients = self._own_gradients
 
     def _construct(
         self,
@@ -90,6 +76,11 @@ class LocalOptimizer(OptimizerWrapper):
         self._engine.attach()
         start_equal(place.comm, torch_optimizer, place.model)
         self._choose_stepper()
+
+    def _present_states(self) -> States:
+        if isinstance(self._stepper, DataParallelOptimizer):
+            return self._stepper._present_states()
+        return WholeStates(self.torch_optimizer)
 
     # What a method adds
 
@@ -115,9 +106,11 @@ class LocalOptimizer(OptimizerWrapper):
     def _update(self, *arguments: Any, **keywords: Any) -> Any:
         if self._comm.size == 1:
             self._engine.updates += 1
-            return self.torch_optimizer.step(*arguments, **keywords)
+            return self._step_weighted(*arguments, **keywords)
         plan = self._prepare()
-        result = self._stepper.step(*arguments, **keywords)
+        result = self._step_weighted(*arguments, **keywords)
+        if not plan.exact:
+            self._engine.note_update(self._samples_used())
         self._after_update(plan)
         return result
 
@@ -156,6 +149,7 @@ class LocalOptimizer(OptimizerWrapper):
         if has_group and self._settings.shard != "none":
             # The pieces are those of the old group: each rank gets all of them before they are cut anew.
             self.torch_optimizer.load_state_dict(self._stepper.state_dict())
+        self._gradients = self._own_gradients
         self._stepper = self.torch_optimizer  # the old one dies here, and with it its hooks and buckets
         self._stepper_is_exact = exact
         if wants_group:
@@ -170,6 +164,7 @@ class LocalOptimizer(OptimizerWrapper):
                 shard=self._settings.shard,
                 timeout=self._settings.timeout,
             )
+            self._gradients = self._stepper._gradients
         else:
             claim(self._parameters(), self)
 
@@ -225,6 +220,7 @@ class LocalOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does. Local."""
+        self._own_gradients.clear(set_to_none)
         self._stepper.zero_grad(set_to_none=set_to_none)
 
     def no_sync(self) -> AbstractContextManager[None]:

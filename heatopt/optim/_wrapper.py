@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
+import numpy
 import torch
 
 from heatopt.comm import Communicator
 from heatopt.optim._closures import Closure
+from heatopt.sharding import States
 from heatopt.sync import outside_graphs
 
 __all__ = ["OptimizerWrapper"]
@@ -43,6 +45,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @abstractmethod
     def _take_state(self, state_dict: dict[str, Any]) -> None:
         """What load_state_dict() does between its hooks, with a dictionary that is the caller's."""
+
+    @abstractmethod
+    def _present_states(self) -> States:
+        """Where the states of the parameters are."""
 
     # The wrapped optimizer's own objects
 
@@ -81,6 +87,39 @@ class OptimizerWrapper(torch.optim.Optimizer):
         inner = self.__dict__.get("torch_optimizer")
         hint = f"; the wrapped optimizer has it: .torch_optimizer.{name}" if hasattr(inner, name) else ""
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+    # What Hetu's users know
+
+    def minimize(
+        self, loss: torch.Tensor, var_list: Any = None, grad_loss: torch.Tensor | None = None, name: str = ""
+    ) -> torch.Tensor:
+        """Take one step by the gradients of ``loss`` alone; those from before are cleared. Collective.
+
+        The same as ``zero_grad()``, ``loss.backward()`` and ``step()``. Not for algorithms that need a closure.
+
+        Args:
+            loss: of this rank.
+            var_list: parameters that get a gradient; default: all that the loss depends on.
+            grad_loss: the gradient with respect to the loss, by default 1.
+            name: of the operation, where there is a graph of them, as in Hetu; not looked at.
+
+        Returns:
+            The loss, without its graph. The gradients are left in ``p.grad``, averaged where the step averages them.
+        """
+        self.zero_grad()
+        torch.autograd.backward(loss, grad_loss, inputs=var_list)
+        self.step()
+        return loss.detach()
+
+    @outside_graphs
+    def get_states(self, param: torch.Tensor) -> dict[str, Any]:
+        """A copy of the whole state of a parameter, wherever it lives. Collective if it is sharded."""
+        return self._present_states().get(param)
+
+    @outside_graphs
+    def set_states(self, param: torch.Tensor, name: str, value: Any) -> None:
+        """Replace one entry of a parameter's whole state, with the same value on all ranks. Collective if sharded."""
+        self._present_states().set(param, name, torch.as_tensor(value) if isinstance(value, numpy.ndarray) else value)
 
     # Calls with hooks
 

@@ -104,7 +104,7 @@ class LocalGradients(Gradients):
             yield
 
     def consume(self) -> None:
-        self.weights.reset()
+        self.weights.consume()
 
     def report(self) -> dict[str, Any]:
         return {}

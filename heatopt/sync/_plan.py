@@ -284,7 +284,7 @@ class GradientPlan:
         self.shards.consume()
         self.residuals.commit()
         self._cleared.stop()
-        self.weights.reset()
+        self.weights.consume()
         for bucket in self.buckets:
             bucket.consume()
 

@@ -97,12 +97,20 @@ class SampleWeights:
     def __init__(self, groups: Callable[[], list[dict[str, Any]]]) -> None:
         self._groups = groups
         self._open: float | None = None  # weight of the context that has been entered
+        self.spent = NO_WEIGHT
+        """Weight of the gradients that the last update has used; or that they had none."""
         self.by_hand = False
         """True while the weight is one that step() was given, which all ranks must do or none."""
         self.reset()
 
+    def consume(self) -> None:
+        """An update has used the gradients."""
+        none = 0.0 if self._total > 0 else NO_WEIGHT  # others have had samples, this rank has not
+        self.spent = none if self._weight is None else self._weight
+        self.reset()
+
     def reset(self) -> None:
-        """An update has used the gradients: what comes starts a new sum."""
+        """What comes starts a new sum."""
         self._weight: float | None = None  # None until a context is entered
         self._reduced_weight = 0.0  # what it was at the last reduction
         self._total = 0.0  # of all ranks, at the last reduction
