@@ -7,8 +7,8 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 import pickle
+import re
 from dataclasses import dataclass
 from decimal import Decimal, getcontext
 from fractions import Fraction
