@@ -37,7 +37,8 @@ class LocalSGD(PeriodicOptimizer):
 
     Args:
         torch_optimizer: any :class:`torch.optim.Optimizer`, with or without state.
-        sync_every: H, updates between two averages.
+        sync_every: H, updates between two averages: the option ``"sync_every"`` of the groups, which may be changed or
+            driven by a schedule; it is read when a period begins.
         fragments: parts of the model that are averaged in turn, each once per period and at even distances; at most one
             for each parameter and update of a period.
         warmup_steps: updates with exactly averaged gradients before the first period.
