@@ -356,7 +356,8 @@ class LocalEngine:
             "trained": sorted(self._subject.trained),
             "apart": self._apart,
             "sent_after": self.sent_after,
-            "samples": list(self._samples.words),
+            # In a checkpoint numbers that differ between ranks are tensors.
+            "samples": torch.tensor(self._samples.words, dtype=torch.float64),
             "anchors": [a.clone() for a in outer.anchors] if outer is not None and anchored else None,
             "outer": outer.optimizer.state_dict() if outer is not None and outer.optimizer is not None else None,
             "residuals": {index: r.clone() for index, r in outer.residuals.items()} if outer is not None else {},
@@ -380,7 +381,7 @@ class LocalEngine:
         self._subject.trained = set(state["trained"])
         self._samples = Samples(self.settings.fragments + 1)
         if state["ranks"] == self._comm.size and len(state.get("samples", ())) == len(self._samples.words):
-            self._samples.words = list(state["samples"])
+            self._samples.words = state["samples"].tolist()
         parameters = self._subject.parameters()
         for saved in state.get("flight", ()) if self._comm.size > 1 else ():
             self._flight.setdefault(saved["fragment"], deque()).append(DelayedAverage.from_state(saved, parameters))

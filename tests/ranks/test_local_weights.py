@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -379,19 +380,23 @@ def test_join_and_skipped_updates(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("saved_after", [1, 4])
-def test_resumed_within_a_period_it_is_bit_equal(ranks: Ranks, saved_after: int) -> None:
+def test_resumed_within_a_period_it_is_bit_equal(ranks: Ranks, saved_after: int, tmp_path: Path) -> None:
     def body(comm: Communicator) -> None:
+        path = Path(comm.broadcast_object(str(tmp_path))) / "checkpoint"
+
         def make(seed: int) -> tuple[nn.Module, Any]:
             model = net(seed=seed)
             return model, heatopt.DiLoCo(adamw(model), model=model, comm=comm, sync_every=3, fragments=2, delay=1)
 
         model, optimizer = make(0)
         learn(optimizer, model, comm.rank, range(saved_after))
-        saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+        heatopt.save(path, model=model, optimizer=optimizer, comm=comm)
+        twin, its_optimizer = copy.deepcopy((model, optimizer))
         learn(optimizer, model, comm.rank, range(saved_after, STEPS))
+        learn(its_optimizer, twin, comm.rank, range(saved_after, STEPS))
+        assert_equal(twin, model)
         again, resumed = make(1)
-        again.load_state_dict(saved[0])
-        resumed.load_state_dict(saved[1])
+        heatopt.load(path, model=again, optimizer=resumed, comm=comm)
         learn(resumed, again, comm.rank, range(saved_after, STEPS))
         assert_equal(again, model)
 
