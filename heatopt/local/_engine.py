@@ -9,7 +9,8 @@ rule and an optimizer of the anchor, the copy of the parameters that is equal on
 * An average that is on its way owns its buffers; it is merged after the update for which it is due, however early it
   has arrived. So a checkpoint may wait for it, and the run goes on with the same bits.
 * Whatever a rank begins together with others begins with a header (see [Note: Headers]): the number of the update and
-  of the average, which parameters take part, and the outer optimizer's options. To merge what was sent needs none.
+  of the average, which parameters take part, the outer optimizer's options, the period that is to come, and how many
+  samples are behind what the rank sends. To merge what was sent needs none.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class LocalEngine:
 
     @property
     def weight_word(self) -> float:
+        """How much this rank counts in what it is about to send; see :class:`Samples`."""
         return self._samples.words[self._sending]
 
     def run_round(self, mask: int, mean: Mean) -> None:
@@ -231,11 +233,11 @@ class LocalEngine:
         if self.settings.fragments > 1:
             words = exchange_numbers(self._coordinator.channel, self._samples.words, "samples of each fragment")
         idle = [row.payload if call is Call.SYNCHRONIZE else 0.0 for row in rows]
+        shares = [shares_of([found[n] for found in words], idle) for n in range(self.settings.fragments)]
         for _, flight in sorted(self._flight.items()):
             while flight:
                 self._merge(flight.popleft())
-        for fragment in range(self.settings.fragments):
-            self._shares = shares_of([found[fragment] for found in words], idle)
+        for fragment, self._shares in enumerate(shares):
             self._act(Send(fragment, full=True))
             self._act(Merge(fragment))
         return rows

@@ -146,4 +146,5 @@ class LocalSteps(WeightedSamples):
         if spent != NO_WEIGHT:
             return spent
         alone = not isinstance(self._stepper, DataParallelOptimizer)
-        return NO_WEIGHT if alone and all(p.grad is None for p in self._parameters()) else PLAIN
+        without = alone and all(p.grad is None for group in self.param_groups for p in group["params"])
+        return NO_WEIGHT if without else PLAIN
