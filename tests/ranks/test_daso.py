@@ -148,6 +148,26 @@ def test_cycling_against_the_formulas(size: int, skips: int, wait: int, merge: s
 
 
 @one_process
+@pytest.mark.parametrize(("merge", "factor"), [("delta", -5.0), ("daso", -5.0 + 1 / 3)])
+def test_a_single_node_averages_with_nobody(merge: str, factor: float) -> None:
+    """P = 1, B = 4, S = 1, a constant gradient: "daso" then makes (2 x + x^s) / 3 of x, "delta" changes nothing."""
+
+    def body(comm: Communicator) -> list[float]:
+        weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        options: dict[str, Any] = {"warmup_epochs": 0, "merge": merge, "downcast_type": torch.float32}
+        optimizer = heatopt.DASO(torch.optim.SGD([weight], lr=1.0), 9, comm=comm, **options)
+        for _ in range(4):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        optimizer.zero_grad()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return weight.tolist()
+
+    assert world(3, 3).run(body)[-1] == pytest.approx([factor] * 3)
+
+
+@one_process
 @pytest.mark.parametrize(("merge", "kept"), [("delta", 1.0), ("daso", 0.875)])
 def test_local_progress_with_a_constant_gradient(merge: str, kept: float) -> None:
     """Two nodes, B = 4, S = 1: the published merge loses an eighth of all updates."""
