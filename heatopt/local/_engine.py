@@ -199,6 +199,9 @@ class LocalEngine:
             flight = self._flight.get(action.fragment)
             if flight and flight[0].parcel.due <= self.updates:  # synchronize() may have merged it already
                 self._merge(flight.popleft())
+            elif self.settings.merge == "restart" and self.outer is not None:
+                fragment = self._subject.among(self._fragments[action.fragment])
+                self.outer.overwrite(fragment, self._subject.parameters())
         elif isinstance(action, GroupMean):
             average_over(self._nested[action.level], self._trained_parameters(), self.settings.chunk)
         elif isinstance(action, ReplicaMean):
@@ -219,9 +222,13 @@ class LocalEngine:
             self._weight = (
                 weight_of([row.payload for row in rows], self._comm.rank) if call is Call.SYNCHRONIZE else 1.0
             )
+            unsent = self._unsent()
             for _, flight in sorted(self._flight.items()):
                 while flight:
                     self._merge(flight.popleft())
+            for index, progress in unsent.items():
+                assert self.outer is not None
+                self._subject.parameters()[index].copy_(self.outer.anchors[index] + progress)
             for fragment in range(self.settings.fragments):
                 self._act(Send(fragment, full=True))
                 self._act(Merge(fragment))
@@ -257,8 +264,10 @@ class LocalEngine:
         )
         self._turns += 1
         self.sent_after = self.updates
-        payload = self._deltas(indices, values) if kind is Kind.DELTA else values
-        average = DelayedAverage.begin(parcel, payload, self._replicas, self.settings.chunk, self._weight)
+        if kind is Kind.DELTA:
+            assert self.outer is not None
+            values = self.outer.differences(indices, values, self.settings.wire_dtype, self.settings.error_feedback)
+        average = DelayedAverage.begin(parcel, values, self._replicas, self.settings.chunk, self._weight)
         self._flight.setdefault(action.fragment, deque()).append(average)
 
     def _kind(self, action: Send) -> Kind:
@@ -267,25 +276,6 @@ class LocalEngine:
         if action.full or self.outer is None or (self.outer.is_average and self.settings.wire_dtype is None):
             return Kind.MEAN
         return Kind.DELTA
-
-    def _deltas(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        assert self.outer is not None
-        wire = self.settings.wire_dtype
-        deltas = []
-        for index, value in zip(indices, values, strict=True):
-            anchor = self.outer.anchors[index]
-            # A replica began from the anchor as its parameters' dtype can hold it.
-            delta = value.to(anchor.dtype) - anchor.to(value.dtype).to(anchor.dtype)
-            if wire is None or delta.is_complex() or delta.element_size() <= wire.itemsize:
-                deltas.append(delta)
-                continue
-            if index in self.outer.residuals:
-                delta = delta + self.outer.residuals[index]
-            rounded = delta.to(wire)
-            if self.settings.error_feedback:
-                self.outer.residuals[index] = delta - rounded
-            deltas.append(rounded)
-        return deltas
 
     def _merge(self, average: DelayedAverage) -> None:
         parcel = average.parcel
@@ -307,6 +297,13 @@ class LocalEngine:
         if parcel.fragment == self.settings.fragments - 1:
             assert self._coordinator is not None
             average_buffers(self._coordinator.channel, self._subject, self.settings.chunk)
+
+    def _unsent(self) -> dict[int, torch.Tensor]:
+        """What has been done to each parameter in this period, where merges would overwrite that."""
+        if self.settings.merge != "restart" or self.outer is None or not self._anchored:
+            return {}
+        parameters, trained = self._subject.parameters(), sorted(self._subject.trained)
+        return dict(zip(trained, self.outer.progress(trained, [parameters[i] for i in trained]), strict=True))
 
     def _merged(
         self, parcel: Parcel, center: torch.Tensor, now: torch.Tensor, sent: torch.Tensor | None

@@ -110,6 +110,32 @@ class Outer:
         for anchor, parameter in zip(self.anchors, parameters, strict=True):
             anchor.copy_(parameter)
 
+    def overwrite(self, indices: Sequence[int], parameters: Sequence[torch.Tensor]) -> None:
+        """Set ``parameters`` (all of them) of ``indices`` to their anchors."""
+        for index in indices:
+            parameters[index].copy_(self.anchors[index])
+
+    def progress(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """How far ``values``, of the parameters ``indices``, are from their anchors."""
+        anchors = [self.anchors[index] for index in indices]
+        # A replica began from the anchor as its parameters' dtype can hold it.
+        return [v.to(a.dtype) - a.to(v.dtype).to(a.dtype) for v, a in zip(values, anchors, strict=True)]
+
+    def differences(
+        self, indices: Sequence[int], values: Sequence[torch.Tensor], wire: torch.dtype | None, feedback: bool
+    ) -> list[torch.Tensor]:
+        """:meth:`progress`, rounded to ``wire``; with ``feedback`` the next one has what rounding kept back."""
+        rounded = []
+        for index, delta in zip(indices, self.progress(indices, values), strict=True):
+            if wire is None or delta.is_complex() or delta.element_size() <= wire.itemsize:
+                rounded.append(delta)
+                continue
+            whole = delta + self.residuals[index] if index in self.residuals else delta
+            rounded.append(whole.to(wire))
+            if feedback:
+                self.residuals[index] = whole - rounded[-1]
+        return rounded
+
     def move(self, indices: Sequence[int], deltas: Sequence[torch.Tensor]) -> None:
         """Update the anchors with the mean differences of the replicas from them."""
         if self.is_average or self.optimizer is None:

@@ -81,7 +81,7 @@ class PeriodicSchedule:
     moments: tuple[int, int] | None = None
     """Periods of the first and second moments, in units of ``sync_every``."""
     send_first: bool = False
-    """Where a fragment is sent and merged after the same update: send what has not been merged yet."""
+    """With a delay of ``sync_every``: each rank sends what it has done, then merges what was sent a period ago."""
 
     def plan(self, step: int) -> SyncPlan:
         """What happens in and after update number ``step``."""
@@ -91,14 +91,13 @@ class PeriodicSchedule:
         merges: list[Action] = []
         sends: list[Action] = []
         for fragment in range(self.fragments):
-            if self.delay and self._is_due(fragment, local - self.delay):
+            if self.delay and not self.send_first and self._is_due(fragment, local - self.delay):
                 merges.append(Merge(fragment))
             if self._is_due(fragment, local):
                 sends.append(Send(fragment, self.delay))
-                if not self.delay:
+                if not self.delay or self.send_first:
                     sends.append(Merge(fragment))
-        exchanges = [*sends, *merges] if self.send_first else [*merges, *sends]
-        return SyncPlan(actions=(*self._group_means(local), *exchanges, *self._moment_means(local)))
+        return SyncPlan(actions=(*self._group_means(local), *merges, *sends, *self._moment_means(local)))
 
     def _is_due(self, fragment: int, local: int) -> bool:
         place = (fragment + 1) * self.sync_every // self.fragments

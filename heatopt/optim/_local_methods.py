@@ -93,7 +93,7 @@ class PeriodicOptimizer(LocalOptimizer):
             moments=check_moments(average_moments, shard),
             send_first=send_first,
         )
-        merge, share = _merging(mix)
+        merge, share = ("restart", 0.0) if send_first else _merging(mix)
         settings = make_settings(
             self,
             optimizer,

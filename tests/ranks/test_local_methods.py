@@ -198,10 +198,30 @@ def test_co2(ranks: Ranks, make: Make, limit: float | None) -> None:
                 if limit is not None:
                     u = [v.clamp(-limit, limit) for v in u]
                 start = plus(start, u, -0.9)
-                for replica in expected:
-                    replica.values = start
+            for replica in expected:
+                replica.values = start
             sent = done
     compare(found, expected)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 6, 8])
+def test_each_update_counts_once_with_co2(ranks: Ranks, steps: int) -> None:
+    """A constant gradient, no momentum and no penalty; synchronize() in the middle and at the end."""
+
+    def body(comm: Communicator) -> list[float]:
+        weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        plain: dict[str, Any] = {"sync_every": 3, "outer_momentum": 0.0, "gap": 1.0}
+        optimizer = heatopt.CO2(torch.optim.SGD([weight], lr=1.0), comm=comm, **plain)
+        found = []
+        for _ in range(2):
+            for _ in range(steps):
+                weight.grad = torch.ones_like(weight)
+                optimizer.step()
+            optimizer.synchronize()
+            found.append(-weight.item())
+        return found
+
+    assert ranks(body)[-1] == pytest.approx([steps, 2 * steps])
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5, "delta"])
