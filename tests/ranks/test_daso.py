@@ -517,6 +517,26 @@ def test_scheduler_and_scaler_are_stepped_with_the_optimizer(ranks: Ranks) -> No
     ranks(body)
 
 
+def test_a_copy_has_a_scheduler_and_a_scaler_of_its_own(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> list[float]:
+        model = net(torch.float32)
+        inner = sgd(model)
+        optimizer = heatopt.DASO(
+            inner, 3, comm=comm, model=model, scheduler=torch.optim.lr_scheduler.ExponentialLR(inner, 0.5)
+        )
+        scaler = heatopt.GradScaler("cpu", init_scale=8.0)
+        train(optimizer, model, [batch(0, comm.rank, dtype=torch.float32)])
+        optimizer.add_scaler(scaler)
+        twin, its_optimizer, its_scaler = copy.deepcopy((model, optimizer, scaler))
+        its_optimizer.zero_grad()
+        its_scaler.scale(loss_of(twin, batch(0, comm.rank, dtype=torch.float32)) * float("inf")).backward()
+        its_optimizer.step()
+        assert (scaler.get_scale(), its_scaler.get_scale()) == (8.0, 4.0)
+        return [found.param_groups[0]["lr"] for found in (optimizer, its_optimizer)]
+
+    assert ranks(body)[-1] == pytest.approx([0.05, 0.025])
+
+
 def test_a_plateau_scheduler_gets_the_mean_loss(ranks: Ranks) -> None:
     def body(comm: Communicator) -> float:
         model = net()

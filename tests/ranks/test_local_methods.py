@@ -140,6 +140,19 @@ def test_diloco(ranks: Ranks, make: Make) -> None:
         assert_close(values, replica.values, rtol=1e-9, atol=1e-9)  # the warm-up adds up in another order
 
 
+def test_a_model_that_is_converted_after_wrapping_has_anchors_of_its_precision(ranks: Ranks) -> None:
+    def body(comm: Communicator, convert: bool) -> Values:
+        model = net(torch.float32 if convert else torch.float64)
+        optimizer = heatopt.DiLoCo(sgd(model), model=model, comm=comm, sync_every=2)
+        model.double()
+        if not convert:
+            model.load_state_dict({name: value.float().double() for name, value in model.state_dict().items()})
+        train(optimizer, model, [batch(step, comm.rank) for step in range(4)])
+        return tensors_of(model)
+
+    assert_equal(ranks(lambda comm: body(comm, True))[-1], ranks(lambda comm: body(comm, False))[-1])
+
+
 @both
 def test_slowmo(ranks: Ranks, make: Make) -> None:
     rate = 0.1 if make is sgd else 0.01
