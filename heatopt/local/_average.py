@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from heatopt.comm import Handle
+from heatopt.local._outer import Outer
 from heatopt.local._packing import Packed, weighed
 from heatopt.local._replicas import Replicas
+from heatopt.local._schedule import Send
+from heatopt.local._settings import LocalSettings
 
-__all__ = ["DelayedAverage", "Kind", "Parcel"]
+__all__ = ["DelayedAverage", "Kind", "Parcel", "kind_of"]
 
 
 class Kind(str, Enum):
@@ -24,6 +27,15 @@ class Kind(str, Enum):
     """The values; their sum over replicas, each counted once."""
     DELTA = "delta"
     """Differences from the anchor; their mean."""
+
+
+def kind_of(action: Send, settings: LocalSettings, outer: Outer | None) -> Kind:
+    """What is to be sent."""
+    if settings.merge == "daso" and action.delay:
+        return Kind.TOTAL
+    if action.full or outer is None or (outer.is_average and settings.wire_dtype is None):
+        return Kind.MEAN
+    return Kind.DELTA
 
 
 @dataclass(frozen=True)

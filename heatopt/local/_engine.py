@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator
-from heatopt.local._average import DelayedAverage, Kind, Parcel
-from heatopt.local._changes import changes, kind_of
+from heatopt.local._average import DelayedAverage, Kind, Parcel, kind_of
 from heatopt.local._fragments import cut
 from heatopt.local._means import average_buffers, average_moments, average_over, exchange_numbers
 from heatopt.local._outer import Outer, OuterFactory
@@ -210,6 +209,9 @@ class LocalEngine:
             flight = self._flight.get(action.fragment)
             if flight and flight[0].parcel.due <= self.updates:  # synchronize() may have merged it already
                 self._merge(flight.popleft())
+            elif self.settings.merge == "restart" and self.outer is not None:
+                fragment = self._subject.among(self._fragments[action.fragment])
+                self.outer.overwrite(fragment, self._subject.parameters())
         elif isinstance(action, GroupMean):
             average_over(self._nested[action.level], self._trained_parameters(), self.settings.chunk)
         elif isinstance(action, ReplicaMean):
@@ -234,9 +236,13 @@ class LocalEngine:
             words = exchange_numbers(self._coordinator.channel, self._samples.words, "samples of each fragment")
         idle = [row.payload if call is Call.SYNCHRONIZE else 0.0 for row in rows]
         shares = [shares_of([found[n] for found in words], idle) for n in range(self.settings.fragments)]
+        unsent = self._unsent()
         for _, flight in sorted(self._flight.items()):
             while flight:
                 self._merge(flight.popleft())
+        for index, progress in unsent.items():
+            assert self.outer is not None
+            self._subject.parameters()[index].copy_(self.outer.anchors[index] + progress)
         for fragment, self._shares in enumerate(shares):
             self._act(Send(fragment, full=True))
             self._act(Merge(fragment))
@@ -275,7 +281,7 @@ class LocalEngine:
         self.sent_after = self.updates
         if kind is Kind.DELTA:
             assert self.outer is not None
-            values = changes(self.outer, indices, values, self.settings)
+            values = self.outer.differences(indices, values, self.settings.wire_dtype, self.settings.error_feedback)
         weight = self._replicas.weight(self._shares)
         average = DelayedAverage.begin(parcel, values, self._replicas, self.settings.chunk, weight)
         self._flight.setdefault(action.fragment, deque()).append(average)
@@ -300,6 +306,13 @@ class LocalEngine:
         if parcel.fragment == self.settings.fragments - 1:
             assert self._coordinator is not None
             average_buffers(self._coordinator.channel, self._subject, self.settings.chunk)
+
+    def _unsent(self) -> dict[int, torch.Tensor]:
+        """What has been done to each parameter in this period, where merges would overwrite that."""
+        if self.settings.merge != "restart" or self.outer is None or not self._anchored:
+            return {}
+        parameters, trained = self._subject.parameters(), sorted(self._subject.trained)
+        return dict(zip(trained, self.outer.progress(trained, [parameters[i] for i in trained]), strict=True))
 
     def _merged(
         self, parcel: Parcel, center: torch.Tensor, now: torch.Tensor, sent: torch.Tensor | None

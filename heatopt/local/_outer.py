@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CO2Momentum", "Outer", "OuterFactory", "SlowMomentum"]
+__all__ = ["CO2Momentum", "Outer", "OuterFactory", "SlowMomentum", "made_by"]
 
 Groups = list[dict[str, Any]]
 OuterFactory = Callable[[Groups], torch.optim.Optimizer]
@@ -69,6 +69,20 @@ class CO2Momentum(torch.optim.Optimizer):
                 parameter.sub_(velocity, alpha=float(group["lr"]))
 
 
+def made_by(factory: OuterFactory | None, groups: Groups) -> torch.optim.Optimizer | None:
+    """What ``factory`` makes of ``groups``; None without one.
+
+    Raises:
+        TypeError: it makes something else than an optimizer.
+    """
+    made = None if factory is None else factory(groups)
+    if factory is not None and not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(
+            f"outer must make an optimizer of the parameters that it is given, but it returned a {type(made).__name__}"
+        )
+    return made
+
+
 class Outer:
     """The anchors of all parameters of an optimizer, at least in single precision, and what moves them.
 
@@ -83,7 +97,7 @@ class Outer:
         self.residuals: dict[int, torch.Tensor] = {}
         """What rounding has kept back so far, by index of the parameter."""
         mirrored = [{"params": self._anchors_of(group)} for group in groups]
-        self.optimizer = None if factory is None else factory(mirrored)
+        self.optimizer = made_by(factory, mirrored)
         """The outer optimizer; its parameters are the anchors."""
 
     def _anchors_of(self, group: dict[str, Any]) -> list[torch.Tensor]:
@@ -106,9 +120,35 @@ class Outer:
 
     @torch.no_grad()
     def capture(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Take the parameters, which are equal on all ranks, as anchors."""
+        """Take the parameters, which are equal on all ranks, as anchors: of their dtype, which may have changed."""
         for anchor, parameter in zip(self.anchors, parameters, strict=True):
-            anchor.copy_(parameter)
+            anchor.data = anchor_of(parameter)
+
+    def overwrite(self, indices: Sequence[int], parameters: Sequence[torch.Tensor]) -> None:
+        """Set ``parameters`` (all of them) of ``indices`` to their anchors."""
+        for index in indices:
+            parameters[index].copy_(self.anchors[index])
+
+    def progress(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """How far ``values``, of the parameters ``indices``, are from their anchors."""
+        anchors = [self.anchors[index] for index in indices]
+        # A replica began from the anchor as its parameters' dtype can hold it.
+        return [v.to(a.dtype) - a.to(v.dtype).to(a.dtype) for v, a in zip(values, anchors, strict=True)]
+
+    def differences(
+        self, indices: Sequence[int], values: Sequence[torch.Tensor], wire: torch.dtype | None, feedback: bool
+    ) -> list[torch.Tensor]:
+        """:meth:`progress`, rounded to ``wire``; with ``feedback`` the next one has what rounding kept back."""
+        rounded = []
+        for index, delta in zip(indices, self.progress(indices, values), strict=True):
+            if wire is None or delta.is_complex() or delta.element_size() <= wire.itemsize:
+                rounded.append(delta)
+                continue
+            whole = delta + self.residuals[index] if index in self.residuals else delta
+            rounded.append(whole.to(wire))
+            if feedback:
+                self.residuals[index] = whole - rounded[-1]
+        return rounded
 
     def move(self, indices: Sequence[int], deltas: Sequence[torch.Tensor]) -> None:
         """Update the anchors with the mean differences of the replicas from them."""

@@ -36,7 +36,8 @@ class Replicas:
         self._own, self._size = own, comm.size
         longest = max(map(len, members))
         self._equal = longest * self.count == comm.size
-        self._groups: list[Communicator | None] = [comm]
+        # A replica that is alone averages with nobody.
+        self._groups: list[Communicator | None] = [comm if self.count > 1 else None]
         self._backgrounds: dict[int, Communicator] = {}
         if longest > 1 and self.count > 1:
             self._groups = []

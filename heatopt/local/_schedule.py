@@ -147,7 +147,7 @@ class PeriodicSchedule:
                 continue
             covers = self._since_last(fragment, local)
             sends.append(Send(fragment, 1 if self.delay is None else self.delay))
-            if self.delay == 0 or (self.delay is None and covers < step - self.warmup_steps):
+            if not self.delay:
                 sends.append(Merge(fragment))
         return SyncPlan(
             actions=(*self._group_means(local), *merges, *sends, *self._moment_means(local)),

@@ -26,7 +26,8 @@ class LocalSettings:
     fragments: int = 1
     """Number of parts of the model that are averaged in turn."""
     merge: str = "mix"
-    """How a delayed average meets what was done since: "mix", "delta" or "daso"."""
+    """How a delayed average meets what was done since: "mix", "delta" or "daso"; "restart": all of
+    that has been sent, and parameters begin each period at the anchor, whether an average has come or not."""
     share: float = 0.0
     """With "mix": the share of the local parameters."""
     wire_dtype: torch.dtype | None = None

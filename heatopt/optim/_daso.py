@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -290,6 +291,15 @@ class DASO(LocalOptimizer):
         self._cycle.load_state_dict(more["cycle"])
         self.current_batch, self.last_batch = more["batch"], more["last_batch"]
         self._equal_after = more["equal_after"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DASO:
+        duplicate = super().__deepcopy__(memo)
+        assert isinstance(duplicate, DASO)
+        memo[id(self.torch_optimizer)] = duplicate.torch_optimizer  # what the scheduler's copy schedules
+        duplicate.scheduler = copy.deepcopy(self.scheduler, memo)
+        duplicate._scaler = copy.deepcopy(self._scaler, memo)
+        duplicate.verbose = self.verbose
+        return duplicate
 
     def _restore(self, state: dict[str, Any], place: Any) -> None:
         self._begin(state["settings"])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from heatopt.comm import world
-from heatopt.local import LocalEngine, LocalSettings, OuterFactory, Subject, SyncPlan
+from heatopt.local import LocalEngine, LocalSettings, OuterFactory, Subject, SyncPlan, made_by
 from heatopt.optim._arguments import parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
@@ -56,6 +56,10 @@ class LocalOptimizer(LocalSteps):
         self._engine = LocalEngine(
             place.comm, self._subject, settings, outer=outer, within=place.within, nested=place.nested
         )
+        without_parameters: list[dict[str, Any]] = [{"params": []} for _ in self.param_groups]
+        self._outer_alone = made_by(outer, without_parameters) if place.comm.size == 1 else None
+        if self._outer_alone is not None:
+            self._outer_alone._opt_called = True  # type: ignore[attr-defined]  # or a scheduler warns
         self._stepper = torch_optimizer
         self._stepper_is_exact = False
         self._own_gradients = LocalGradients(lambda: torch_optimizer.param_groups)
@@ -100,8 +104,11 @@ class LocalOptimizer(LocalSteps):
 
     @property
     def outer(self) -> torch.optim.Optimizer | None:
-        """The outer optimizer; its options may be scheduled, alike on all ranks. None where there is none."""
-        return None if self._engine.outer is None else self._engine.outer.optimizer
+        """The outer optimizer; its options may be scheduled, alike on all ranks. None where there is none.
+
+        With one process it has no parameters: what schedules it runs, and nothing comes of it.
+        """
+        return self._outer_alone if self._engine.outer is None else self._engine.outer.optimizer
 
     def _update(self, *arguments: Any, **keywords: Any) -> Any:
         if self._comm.size == 1:
@@ -157,6 +164,8 @@ class LocalOptimizer(LocalSteps):
             assert group is not None
             if not has_group:  # ranks that have trained alone have states of their own
                 broadcast_state(group, self.torch_optimizer, 0)
+            # Its construction would give all ranks the first one's buffers, which are averaged when a plan says so.
+            buffers = [(buffer, buffer.clone()) for buffer in self._subject.buffers()]
             self._stepper = DataParallelOptimizer(
                 self.torch_optimizer,
                 model=self._place.model,
@@ -165,6 +174,8 @@ class LocalOptimizer(LocalSteps):
                 timeout=self._settings.timeout,
             )
             self._gradients = self._stepper._gradients
+            for buffer, own in buffers:
+                buffer.copy_(own)
         else:
             claim(self._parameters(), self)
 
@@ -274,6 +285,8 @@ class LocalOptimizer(LocalSteps):
         if self._stepper is self.torch_optimizer:
             refuse_owned(added, self._subject.names, self)
             claim(added, self)
+        if self._outer_alone is not None:
+            self._outer_alone.add_param_group({"params": []})
         self._engine.extend(added)
 
     # State
@@ -307,6 +320,7 @@ class LocalOptimizer(LocalSteps):
             "names": [self._subject.names.get(id(parameter)) for parameter in self._parameters()],
             "settings": self._settings,
             "outer": self._engine.outer,
+            "outer alone": self._outer_alone,
             "engine": self._engine.state_dict(),
             "more": self._more(),
         }
@@ -333,6 +347,7 @@ class LocalOptimizer(LocalSteps):
         named = zip(self._parameters(), state["names"], strict=True)
         self._subject.names = {id(parameter): name for parameter, name in named if name is not None}
         self._engine.outer = state["outer"] if place.comm.size > 1 else None
+        self._outer_alone = state["outer alone"]
         self._engine.load_state_dict(state["engine"])
         self._take_more(state["more"])
         claim(self._parameters(), self)

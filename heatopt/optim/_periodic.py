@@ -93,7 +93,7 @@ class PeriodicOptimizer(LocalOptimizer):
             nested=check_nested(nested),
             moments=check_moments(average_moments, shard),
         )
-        merge, share = _merging(mix)
+        merge, share = ("restart", 0.0) if late else _merging(mix)
         settings = make_settings(
             self,
             optimizer,

@@ -148,6 +148,26 @@ def test_cycling_against_the_formulas(size: int, skips: int, wait: int, merge: s
 
 
 @one_process
+@pytest.mark.parametrize(("merge", "factor"), [("delta", -5.0), ("daso", -5.0 + 1 / 3)])
+def test_a_single_node_averages_with_nobody(merge: str, factor: float) -> None:
+    """P = 1, B = 4, S = 1, a constant gradient: "daso" then makes (2 x + x^s) / 3 of x, "delta" changes nothing."""
+
+    def body(comm: Communicator) -> list[float]:
+        weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        options: dict[str, Any] = {"warmup_epochs": 0, "merge": merge, "downcast_type": torch.float32}
+        optimizer = heatopt.DASO(torch.optim.SGD([weight], lr=1.0), 9, comm=comm, **options)
+        for _ in range(4):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        optimizer.zero_grad()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        return weight.tolist()
+
+    assert world(3, 3).run(body)[-1] == pytest.approx([factor] * 3)
+
+
+@one_process
 @pytest.mark.parametrize(("merge", "kept"), [("delta", 1.0), ("daso", 0.875)])
 def test_local_progress_with_a_constant_gradient(merge: str, kept: float) -> None:
     """Two nodes, B = 4, S = 1: the published merge loses an eighth of all updates."""
@@ -495,6 +515,26 @@ def test_scheduler_and_scaler_are_stepped_with_the_optimizer(ranks: Ranks) -> No
         assert inner.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**4)
 
     ranks(body)
+
+
+def test_a_copy_has_a_scheduler_and_a_scaler_of_its_own(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> list[float]:
+        model = net(torch.float32)
+        inner = sgd(model)
+        optimizer = heatopt.DASO(
+            inner, 3, comm=comm, model=model, scheduler=torch.optim.lr_scheduler.ExponentialLR(inner, 0.5)
+        )
+        scaler = heatopt.GradScaler("cpu", init_scale=8.0)
+        train(optimizer, model, [batch(0, comm.rank, dtype=torch.float32)])
+        optimizer.add_scaler(scaler)
+        twin, its_optimizer, its_scaler = copy.deepcopy((model, optimizer, scaler))
+        its_optimizer.zero_grad()
+        its_scaler.scale(loss_of(twin, batch(0, comm.rank, dtype=torch.float32)) * float("inf")).backward()
+        its_optimizer.step()
+        assert (scaler.get_scale(), its_scaler.get_scale()) == (8.0, 4.0)
+        return [found.param_groups[0]["lr"] for found in (optimizer, its_optimizer)]
+
+    assert ranks(body)[-1] == pytest.approx([0.05, 0.025])
 
 
 def test_a_plateau_scheduler_gets_the_mean_loss(ranks: Ranks) -> None:

@@ -71,6 +71,21 @@ def make(method: Make, comm: Communicator, model: nn.Module, inner: Callable[...
     return method(inner(model), model=model, comm=comm, **options)
 
 
+@pytest.mark.parametrize("method", [heatopt.SlowMo, heatopt.DiLoCo, heatopt.CO2])
+def test_the_outer_optimizer_is_scheduled_with_one_process_too(ranks: Ranks, method: Make) -> None:
+    def body(comm: Communicator) -> float:
+        model = net()
+        optimizer = make(method, comm, model, sync_every=2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer.outer, 0.5)
+        before = optimizer.outer.param_groups[0]["lr"]
+        for step in range(2):
+            train(optimizer, model, [batch(4 * step + more, comm.rank) for more in range(4)])
+            scheduler.step()
+        return float(optimizer.outer.param_groups[0]["lr"] / before)
+
+    assert ranks(body) == [0.25] * ranks.size
+
+
 # A real optimizer
 
 
@@ -191,6 +206,27 @@ def test_copies_train_on(ranks: Ranks, method: Make) -> None:
             train(its_optimizer, twin, [batch(step, comm.rank)])
         assert_equal(twin, model)
         assert_equal(its_optimizer.state_dict(), optimizer.state_dict())
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("how", ["copy", "load"])
+def test_each_rank_keeps_its_buffers(ranks: Ranks, how: str) -> None:
+    """Also where gradients are averaged again after it: by a copy, or a checkpoint of the warm-up."""
+
+    def body(comm: Communicator) -> None:
+        model: nn.Module = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+        optimizer = make(METHODS["post-local"], comm, model)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(3)])
+        state, buffers = optimizer.state_dict(), [b.clone() for b in model.buffers()]
+        if how == "copy":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        else:
+            saved = copy.deepcopy((model.state_dict(), state))
+            train(optimizer, model, [batch(step, comm.rank) for step in range(3, 7)])
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        assert_equal(list(model.buffers()), buffers)
 
     ranks(body)
 
@@ -452,6 +488,7 @@ def test_a_rank_that_leaves_is_named(ranks: Ranks) -> None:
         (heatopt.LocalSGD, {"warmup_steps": -1}, ValueError, "warmup_steps must be an integer >= 0, got -1"),
         (heatopt.LocalSGD, {"sync_every": 2, "delay": 3}, ValueError, r"delay must be at most sync_every \(2\), got 3"),
         (heatopt.LocalSGD, {"outer": "sgd"}, TypeError, "outer must make an optimizer .*, got 'sgd'"),
+        (heatopt.LocalSGD, {"outer": lambda params: None}, TypeError, "outer must make an optimizer .* a NoneType"),
         (heatopt.LocalSGD, {"within": "cluster"}, ValueError, "within must be None, 'node' or .*, got 'cluster'"),
         (heatopt.LocalSGD, {"within": 3}, TypeError, "within must be None, 'node' or .*, got 3"),
         (heatopt.LocalSGD, {"nested": [("node", 3)]}, ValueError, "periods of nested groups must grow and divide"),

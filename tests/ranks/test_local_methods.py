@@ -140,6 +140,19 @@ def test_diloco(ranks: Ranks, make: Make) -> None:
         assert_close(values, replica.values, rtol=1e-9, atol=1e-9)  # the warm-up adds up in another order
 
 
+def test_a_model_that_is_converted_after_wrapping_has_anchors_of_its_precision(ranks: Ranks) -> None:
+    def body(comm: Communicator, convert: bool) -> Values:
+        model = net(torch.float32 if convert else torch.float64)
+        optimizer = heatopt.DiLoCo(sgd(model), model=model, comm=comm, sync_every=2)
+        model.double()
+        if not convert:
+            model.load_state_dict({name: value.float().double() for name, value in model.state_dict().items()})
+        train(optimizer, model, [batch(step, comm.rank) for step in range(4)])
+        return tensors_of(model)
+
+    assert_equal(ranks(lambda comm: body(comm, True))[-1], ranks(lambda comm: body(comm, False))[-1])
+
+
 @both
 def test_slowmo(ranks: Ranks, make: Make) -> None:
     rate = 0.1 if make is sgd else 0.01
@@ -198,10 +211,30 @@ def test_co2(ranks: Ranks, make: Make, limit: float | None) -> None:
                 if limit is not None:
                     u = [v.clamp(-limit, limit) for v in u]
                 start = plus(start, u, -0.9)
-                for replica in expected:
-                    replica.values = start
+            for replica in expected:
+                replica.values = start
             sent = done
     compare(found, expected)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 6, 8])
+def test_each_update_counts_once_with_co2(ranks: Ranks, steps: int) -> None:
+    """A constant gradient, no momentum and no penalty; synchronize() in the middle and at the end."""
+
+    def body(comm: Communicator) -> list[float]:
+        weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        plain: dict[str, Any] = {"sync_every": 3, "outer_momentum": 0.0, "gap": 1.0}
+        optimizer = heatopt.CO2(torch.optim.SGD([weight], lr=1.0), comm=comm, **plain)
+        found = []
+        for _ in range(2):
+            for _ in range(steps):
+                weight.grad = torch.ones_like(weight)
+                optimizer.step()
+            optimizer.synchronize()
+            found.append(-weight.item())
+        return found
+
+    assert ranks(body)[-1] == pytest.approx([steps, 2 * steps])
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5, "delta"])
