@@ -161,9 +161,9 @@ def _all_of(own: Tensors) -> Iterator[Content]:
 def _pieces_of_parts(parts: Mapping[str, Part]) -> Iterator[Content]:
     """What this rank alone has of tensors that are held in parts."""
     for name, part in parts.items():
-        if part.own is not None:
-            flat = stored(part.own)
-            first = part.start * extent_of(name, part.dtype).count
+        for start, own in part.own:
+            flat = stored(own)
+            first = start * extent_of(name, part.dtype).count
             pieces = pieces_of(extent_of(name, part.dtype, part.shape.numel()), first, first + flat.numel())
             yield from ((piece, flat[piece.start - first : piece.stop - first]) for piece in pieces)
 

@@ -251,8 +251,11 @@ class ShardedStates(States):
     def state_dict_in_parts(self) -> dict[str, Any]:
         if self._keep_whole or self._all_are_whole():
             return self._optimizer.state_dict()
-        outline = outline_states(self._channel(), self._parameters(), self._optimizer.state, self._owned)
-        return self._state_dict_of(self._in_order(outline))
+        return self._state_dict_of(self._states_in_parts())
+
+    def _states_in_parts(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """States by parameter, with a ``Part`` for each tensor."""
+        return self._in_order(outline_states(self._channel(), self._parameters(), self._optimizer.state, self._owned))
 
     def _state_dict_of(self, states: dict[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
         """What the optimizer returns if these are the states of its parameters."""
@@ -276,18 +279,25 @@ class ShardedStates(States):
             return None
         self._meet()  # a copy may not have met the others yet, without whom there is no plan
         parameters = self._parameters()
-        owned = self._plan(parameters, frozenset()).ownership()
+        return self._wanted_of(self._plan(parameters, frozenset()), parameters)
+
+    def _wanted_of(self, layout: Layout, parameters: Sequence[torch.Tensor]) -> Wanted:
+        """What this rank takes where states are divided by ``layout``."""
+        owned = layout.ownership()
         return lambda index, key, shape: owned.elements(index, key, shape, parameters[index])
 
     def hold_parts(self, order: Sequence[int]) -> None:
         parameters, state = self._parameters(), self._optimizer.state
         self._use(self._plan(parameters, frozenset()))
         self._first_used, self._had_gradient = [parameters[index] for index in order], []
-        for index in self._owned.cut.intersection(self._owned.pieces):
-            if parameters[index] in state:
-                flatten_state(state[parameters[index]], parameters[index].shape)
+        self._flatten_parts(parameters)
         if not state:
             self._mark_in_use(self._first_used)
+
+    def _flatten_parts(self, parameters: Sequence[torch.Tensor]) -> None:
+        """A part that is the whole has come in the shape of the whole."""
+        for index in self._owned.cut.intersection(self._owned.pieces):
+            flatten_state(self._optimizer.state.get(parameters[index], {}), parameters[index].shape)
 
     def get(self, parameter: torch.Tensor) -> dict[str, Any]:
         index = self.require(parameter)

@@ -11,8 +11,8 @@ import torch
 
 __all__ = ["AroundStates", "States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry", "uncast"]
 
-Wanted = Callable[[int, str, torch.Size], tuple[int, int] | None]
-"""First and end element of what a rank takes of a state; None if it takes no state of that parameter.
+Wanted = Callable[[int, str, torch.Size], Sequence[tuple[int, int]] | None]
+"""First and end elements of what a rank takes of a state; None if it takes no state of that parameter.
 
 By index of the parameter, name and shape of the state.
 """
