@@ -33,7 +33,7 @@ from heatopt.sharding._masters import Masters
 from heatopt.sharding._member_update import MemberUpdate
 from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._partition import plan_shards
-from heatopt.sharding._states import States, Wanted, as_state, copied, replace_entry
+from heatopt.sharding._states import Carried, States, Wanted, as_state, copied, replace_entry
 from heatopt.sharding._views import Views
 from heatopt.sync import GradientShards, outside_graphs
 
@@ -354,17 +354,12 @@ class ShardedStates(States):
         if self._hold_whole is not None:
             self._hold_whole(whole)
 
-    def layout(self) -> Layout | None:
+    def carried(self) -> Carried:
         if self._layout is None:
-            return None
+            return Carried()
         index_of = {p: index for index, p in enumerate(self._parameters())}
-        return replace(self._layout, order=tuple(index_of[p] for p in self._first_used if p in index_of))
-
-    @staticmethod
-    def check_layout(layout: Any, comm: Communicator) -> None:
-        """Raise unless the pieces that a copy has brought belong to this rank of as many ranks."""
-        if layout is not None:
-            layout.check(comm)
+        order = tuple(index_of[p] for p in self._first_used if p in index_of)
+        return Carried(replace(self._layout, order=order))
 
 
 def _raise_on_all_ranks(comm: Communicator, error: Exception | None) -> None:
