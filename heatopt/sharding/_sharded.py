@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 from zlib import crc32
 
-import numpy as np
 import torch
 
 from heatopt._log import logger
@@ -34,7 +33,7 @@ from heatopt.sharding._member_update import MemberUpdate
 from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._partition import plan_shards
 from heatopt.sharding._states import Carried, States, Wanted, as_state, copied, replace_entry
-from heatopt.sharding._views import Views
+from heatopt.sharding._views import CONCLUDING, Views
 from heatopt.sync import GradientShards, outside_graphs
 
 __all__ = ["ShardedStates"]
@@ -110,8 +109,8 @@ class ShardedStates(States):
             except Exception as caught:
                 error = caught
             # After an error too: whatever has become of the parameters, all ranks have the same.
-            views.share(self._channel())
-            _raise_on_all_ranks(self._channel(), error)
+            if views.conclude(self._channel(), error is not None):
+                _raise_on_all_ranks(self._channel(), error)
         return loss
 
     def _update_members(self, views: Views, arguments: tuple[Any, ...]) -> None:
@@ -362,12 +361,9 @@ class ShardedStates(States):
         return Carried(replace(self._layout, order=order))
 
 
-def _raise_on_all_ranks(comm: Communicator, error: Exception | None) -> None:
+def _raise_on_all_ranks(comm: Communicator, error: Exception | None) -> NoReturn:
     """Raise ``error`` where there is one, and on the other ranks one that tells of it. Collective."""
-    what = "a look at whether all ranks have made their part of the update"
-    if not comm.exchange_words(np.array([error is not None], dtype=np.int64), what).any():
-        return
-    causes = comm.exchange_objects(None if error is None else f"{type(error).__name__}: {error}", what)
+    causes = comm.exchange_objects(None if error is None else f"{type(error).__name__}: {error}", CONCLUDING)
     if error is not None:
         raise error
     rank, cause = next((rank, cause) for rank, cause in enumerate(causes) if cause is not None)
