@@ -75,6 +75,7 @@ class Coordinator:
 
     def __init__(self, comm: Communicator) -> None:
         self.channel = comm.duplicate("the construction of the first optimizer")
+        comm.when_closed(self.channel.close)
         self._members: dict[int, weakref.ref[Member]] = {}
         self._next_number = 0
         self._constructing: Member | None = None  # has no number before all ranks have agreed
