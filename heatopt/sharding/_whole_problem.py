@@ -168,7 +168,7 @@ class WholeProblemStates(ShardedStates):
         return lambda index, key, shape: places if index == 0 and is_vector(key) else [(0, shape.numel())]
 
     def _flatten_parts(self, parameters: Sequence[torch.Tensor]) -> None:
-        pass  # vectors have one dimension in any case
+        pass  # a vector has one dimension in any case, and a number none
 
     def _set_own_part(self, index: int, parameter: torch.Tensor, name: str, value: Any) -> None:
         if index == 0 and self._layout is not None:
