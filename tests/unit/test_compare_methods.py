@@ -22,6 +22,7 @@ import _batches  # noqa: E402
 import _heat_daso  # noqa: E402
 import _methods  # noqa: E402
 import _pictures  # noqa: E402
+import _problems  # noqa: E402
 import compare_methods  # noqa: E402
 
 pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
@@ -29,15 +30,14 @@ pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
 
 def losses_of_one_process(steps: int) -> list[float]:
     """Those of plain AdamW with whole batches."""
-    torch.manual_seed(0)
-    problem = compare_methods.make_digits(world())
+    problem = _problems.make_digits(world(), seed=0)
     optimizer = torch.optim.AdamW(problem.model.parameters(), lr=problem.rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compare_methods.learning_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _problems.learning_rate(step, steps))
     batches = _batches.GlobalBatches(len(problem.inputs), problem.batch, rank=0, size=1, seed=0).epoch(0)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = problem.loss(problem.model, next(batches))
+        loss = problem.batch_loss(problem.model, next(batches))
         loss.backward()
         optimizer.step()
         schedule.step()
