@@ -100,9 +100,9 @@ METHODS = {
     "LocalSGD": Method(_local(heatopt.LocalSGD, sync_every=8), _every(8), 8),
     "SlowMo": Method(_local(heatopt.SlowMo, sync_every=16, slow_momentum=0.2), _every(16), 16),
     "CO2": Method(_local(heatopt.CO2, sync_every=16, outer_momentum=0.2), _every(16), 16),
-    "DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50, outer_momentum=0.5), _every(50), 50),
+    "DiLoCo": Method(_local(heatopt.DiLoCo, sync_every=50), _every(50), 50),
     "Streaming DiLoCo": Method(
-        _local(heatopt.DiLoCo, sync_every=50, outer_momentum=0.5, fragments=4, delay=5, mix="delta"),
+        _local(heatopt.DiLoCo, sync_every=50, fragments=4, delay=5, mix="delta"),
         _in_fragments(50, 4, 5),
         50,
     ),

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["draw_comparison", "show_comparison"]
+__all__ = ["draw_comparison", "show_comparison", "show_seeds"]
 
 Result = dict[str, Any]
 
@@ -42,11 +42,38 @@ def show_comparison(results: list[Result], reference: str) -> None:
                 f"{base / seconds:.2f}",
                 f"{base_middle / middle:.2f}",
                 f"{sent / 1e6:.2f}",
-                f"{sent / expected:.3f}",
+                f"{sent / expected:.3f}" if expected else "",  # too few updates for the method's period
                 f"{loss:.4f}",
                 f"{100 * (loss / exact_loss - 1):+.1f} %",
             )
         Console(width=110).print(table)
+
+
+def show_seeds(results: list[Result], reference: str) -> None:
+    """Print the final losses of each seed and how far their mean is from the reference's, if there are several."""
+    seeds = _ordered(r["seed"] for r in results)
+    rate = results[0]["rate"]  # the numbers are the same at each
+    for task in _ordered(r["task"] for r in results) if len(seeds) > 1 else ():
+        here = [r for r in results if (r["rate"], r["task"]) == (rate, task)]
+        title = f"{task}, {here[0]['steps']} updates after {here[0]['pretrain']}: loss of training and of held-out data"
+        table = Table(title=title)
+        for column in ("method", *(f"seed {seed}" for seed in seeds), "to exact", "held out", "to exact"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for method in _ordered(r["method"] for r in here):
+            losses = [r["final_loss"] for r in here if r["method"] == method]
+            held_out = _mean(here, method, "held_out_loss")
+            distances = [
+                100 * (mean / _mean(here, reference, key) - 1)
+                for mean, key in ((fmean(losses), "final_loss"), (held_out, "held_out_loss"))
+            ]
+            cells = [*(f"{loss:.4f}" for loss in losses), f"{distances[0]:+.1f} %", f"{held_out:.4f}"]
+            table.add_row(method, *cells, f"{distances[1]:+.1f} %")
+        Console(width=110).print(table)
+
+
+def _mean(results: list[Result], method: str, key: str) -> float:
+    values = [r[key] for r in results if r["method"] == method]
+    return fmean(values) if values else float("nan")
 
 
 def draw_comparison(results: list[Result], path: Path, title: str) -> None:

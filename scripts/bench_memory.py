@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Memory of a rank while it trains, with each kind of sharding, and with parameters that the ranks have in common.
 
-    python scripts/bench_memory.py --ranks 2 --json out.json
+    python scripts/bench_memory.py --ranks 2 --workload gpt --json out.json
 
 Each kind runs in processes of its own. A column is in multiples of the parameters' size, for the rank that has most:
-the optimizer's states and the gradients as tensors between backward and step, and the growth of the process's
-proportional set size (PSS, in which memory that ranks share counts once) since before the model, at the same place.
+the optimizer's states and the gradients (averages, and the memory in which they meet) as bytes of tensors between
+backward and step, and the growth of the process's proportional set size (PSS, in which memory that ranks share counts
+once) since before the model, at the end of a step that has cleared the gradients, and between backward and step.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from _jobs import Job, serve
 from _measuring import setting, write_results
+from _workloads import WORKLOADS
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,6 +30,7 @@ import heatopt
 PLAIN = "no synchronisation"
 SHARED = ", shared parameters"
 KINDS = (PLAIN, "none", "state", "gradients", f"state{SHARED}", f"gradients{SHARED}")
+_COLUMNS = {"states": "states", "gradients": "gradients", "resting": "PSS, gradients cleared", "pss": "PSS"}
 _STEPS = 3
 
 
@@ -48,13 +51,15 @@ class Stage:
         """Measure when asked to."""
         serve(self._comm, lambda _command, *arguments: self.measure(*arguments))
 
-    def measure(self, layers: int, width: int, bucket_mb: float) -> dict[str, Any]:
+    def measure(self, workload: str, bucket_mb: float) -> dict[str, Any]:
         """Train for a few steps; return what there is between the last backward and its step, in bytes."""
-        batch = torch.randn(4, width)
-        before = proportional_set_size()
+        task = WORKLOADS[workload]
         torch.manual_seed(0)
-        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        _train_once(nn.Linear(8, 8), torch.randn(4, 8))  # what is loaded and allocated once for any model
+        batch = task.make_batch(torch.Generator().manual_seed(self._comm.rank))
+        before = proportional_set_size()
+        model = task.make_model()
+        optimizer = task.make_optimizer(list(model.parameters()))
         if self._kind != PLAIN:
             optimizer = heatopt.DataParallelOptimizer(
                 optimizer,
@@ -62,28 +67,42 @@ class Stage:
                 shard=self._kind.removesuffix(SHARED),
                 parameters_per_node="shared" if self._kind.endswith(SHARED) else "own",
                 bucket_mb=bucket_mb,
+                blocking=True,
             )
         for _ in range(_STEPS):
             optimizer.zero_grad()
-            model(batch).square().mean().backward()
+            task.loss(model, batch).backward()
             optimizer.step()
         optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        self._comm.barrier()
-        grown = proportional_set_size() - before
-        self._comm.barrier()  # nobody ends while others still look
+        resting = self._grown(before)
+        task.loss(model, batch).backward()
+        grown = self._grown(before)
         states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
         gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        if isinstance(optimizer, heatopt.DataParallelOptimizer):
+            gradients = optimizer.report().get("bucket_bytes", gradients)
         parameters = sum(p.nbytes for p in model.parameters())
-        report = {"parameters": parameters, "states": states, "p.grad": gradients, "pss": grown}
+        report = {"parameters": parameters, "states": states, "gradients": gradients, "resting": resting, "pss": grown}
         return {**report, "setting": setting(self._comm)}
+
+    def _grown(self, before: int) -> int:
+        """Growth of the PSS since ``before``, while no rank does anything."""
+        self._comm.barrier()
+        grown = proportional_set_size() - before
+        self._comm.barrier()
+        return grown
+
+
+def _train_once(model: nn.Module, batch: torch.Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(batch).square().mean().backward()
+    optimizer.step()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes of each kind (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=16, help="Linear layers (default %(default)s)")
-    parser.add_argument("--width", type=int, default=1024, help="of each (default %(default)s: 4 MiB)")
+    parser.add_argument("--workload", choices=WORKLOADS, default="wide-mlp", help="model (default %(default)s)")
     parser.add_argument("--bucket-mb", type=float, default=8.0, help="size of a bucket (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
@@ -96,15 +115,15 @@ def main() -> None:
     for kind in KINDS:
         job = Job(options.ranks, Path(__file__), ["--kind", kind])
         try:
-            found = job.call("measure", options.layers, options.width, options.bucket_mb)
+            found = job.call("measure", options.workload, options.bucket_mb)
         finally:
             job.close()
-        results[kind] = {key: max(row[key] for row in found) for key in ("parameters", "states", "p.grad", "pss")}
-    table = Table(title=f"Bytes of a rank over those of the parameters, AdamW, {options.ranks} ranks")
-    for column in ("shard", "states", "p.grad", "PSS"):
+        results[kind] = {key: max(row[key] for row in found) for key in ("parameters", *_COLUMNS)}
+    table = Table(title=f"Bytes of a rank over those of the parameters, {options.workload}, {options.ranks} ranks")
+    for column in ("shard", *_COLUMNS.values()):
         table.add_column(column, justify="left" if column == "shard" else "right")
     for kind, row in results.items():
-        table.add_row(kind, *(f"{row[key] / row['parameters']:.3f}" for key in ("states", "p.grad", "pss")))
+        table.add_row(kind, *(f"{row[key] / row['parameters']:.3f}" for key in _COLUMNS))
     Console().print(table)
     if options.json:
         write_results(options.json, found[0]["setting"], results)

@@ -4,12 +4,15 @@
     python scripts/compare_methods.py --out docs/algorithms                          root, Linux: network namespaces
     python scripts/compare_methods.py --simulate --out runs/methods                  anywhere: a simulated network
 
-For each rate of the network all methods train in turn in one job of 2 nodes x 2 ranks, with the same initial weights,
-batches, AdamW and learning rates. Written: compare_methods.json, and for each task a picture of the training loss
-against time and against the bytes that a node has sent.
+    python scripts/compare_methods.py --simulate --rates 100mbit --seeds 0 1 2       final losses of three seeds
 
-Losses while training are means over ranks, each with its own parameters. The final loss is that of all the training
-data after all ranks have been made equal.
+For each rate of the network all methods train in turn in one job of 2 nodes x 2 ranks, with the same batches, AdamW and
+learning rates, from the same model: --pretrain updates are made first, by one process with the whole batches, which is
+what exact synchronisation computes. They count neither as time nor as bytes. Written: compare_methods.json, and for
+each task a picture of the training loss against time and against the bytes that a node has sent.
+
+Losses while training are means over ranks, each with its own parameters. The final losses are those of all the training
+data and of held-out data after all ranks have been made equal.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -25,73 +27,25 @@ import sys
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from _batches import GlobalBatches
 from _heat_daso import HeatDaso
 from _measuring import setting, write_results
-from _methods import EXACT, METHODS, Epochs
-from _pictures import draw_comparison, show_comparison
-from torch import nn
-from torch.nn.functional import cross_entropy
+from _methods import EXACT, METHODS, Epochs, Method
+from _pictures import draw_comparison, show_comparison, show_seeds
+from _problems import PROBLEMS, Problem, learning_rate, pretrain
 
 import heatopt
 from heatopt.comm import Communicator, Passage, SimulatedCommunicator, SimulatedWorld, VirtualNetwork
 
 NODES, SLOTS = 2, 2
-WARM_UP = 0.05  # of the updates, while the learning rate grows
 RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "none": 5e9}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is trained."""
-
-    model: nn.Module
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    batch: int
-    """Samples of all ranks together."""
-    steps: int
-    """Updates of a run."""
-    rate: float
-    """Largest learning rate."""
-    seconds: float
-    """What a simulated rank takes for forward, backward and update."""
-    smoothing: float = 0.0
-    """Of the labels."""
-
-    def loss(self, model: nn.Module, indices: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy of some samples."""
-        scores, targets = model(self.inputs[indices]), self.targets[indices]
-        return cross_entropy(scores.flatten(0, -2), targets.flatten(), label_smoothing=self.smoothing)
-
-
-def make_digits(comm: Communicator) -> Problem:
-    """The handwritten digits."""
-    from train_digits import make_task
-
-    task = make_task()
-    inputs = task.train_inputs.float()
-    return Problem(task.model, inputs, task.train_targets, batch=16, steps=800, rate=2e-3, seconds=2e-3, smoothing=0.1)
-
-
-def make_text(comm: Communicator) -> Problem:
-    """Python source, byte by byte."""
-    from train_text import ByteGPT, cut, read_on_rank_0
-
-    inputs, targets = cut(read_on_rank_0(comm, 80_000)[0], 32)
-    model = ByteGPT(32, width=128, heads=4, layers=3)
-    return Problem(model, inputs, targets, batch=8, steps=300, rate=3e-3, seconds=5e-3)
-
-
-PROBLEMS: dict[str, Callable[[Communicator], Problem]] = {"digits": make_digits, "text": make_text}
 
 
 def phases(options: argparse.Namespace) -> Epochs:
@@ -99,12 +53,29 @@ def phases(options: argparse.Namespace) -> Epochs:
     return Epochs(total=options.epochs, warmup=1, cooldown=1)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """A short rise, then half a cosine down to a tenth."""
-    rise = max(1, round(WARM_UP * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+@dataclass(frozen=True)
+class Length:
+    """How many updates there are."""
+
+    pretrain: int
+    """Before the comparison."""
+    steps: int
+    """Compared."""
+    epoch: int
+    """In an epoch, for the methods that have phases."""
+    phases: Epochs
+    """How the compared ones are cut for them."""
+
+    @classmethod
+    def of(cls, problem: Problem, options: argparse.Namespace) -> Length:
+        """As the command line says."""
+        before = problem.pretrain if options.pretrain is None else options.pretrain
+        epoch = (options.steps or problem.steps) // options.epochs
+        return cls(before, epoch * options.epochs, epoch, phases(options))
+
+    def learning_rate(self, step: int) -> float:
+        """Over the largest one, at an update of the comparison, counted from 0."""
+        return learning_rate(self.pretrain + step, self.pretrain + self.steps)
 
 
 def sent_bytes() -> int:
@@ -114,80 +85,77 @@ def sent_bytes() -> int:
 
 
 class Run:
-    """One training with one method."""
+    """One training with one method, which goes on where ``states`` are."""
 
     def __init__(
-        self, comm: Communicator, problem: Problem, method: str, seed: int, options: argparse.Namespace
+        self, comm: Communicator, problem: Problem, states: tuple[Any, Any], length: Length, seed: int
     ) -> None:
         self._comm = comm
         self._problem = problem
-        self._steps = steps = options.steps or problem.steps
-        self._epochs = options.epochs
-        self._batches = GlobalBatches(len(problem.inputs), problem.batch, rank=comm.rank, size=comm.size, seed=seed)
+        self._length = length
+        self._batches = islice(problem.batches(comm.rank, comm.size, seed), length.pretrain, None)
         self.model = copy.deepcopy(problem.model)
-        inner = torch.optim.AdamW(self.model.parameters(), lr=problem.rate, fused=True)
-        self._optimizer = METHODS[method].make(inner, self.model, comm, phases(options))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: learning_rate(step, steps))
+        self.model.load_state_dict(states[0])
+        self._inner = problem.optimizer(self.model)
+        self._inner.load_state_dict({**self._inner.state_dict(), "state": copy.deepcopy(states[1])})
         self._losses: list[float] = []
         self._times: list[float] = []
         self._sent: list[int] = []
-        self._share = METHODS[method].share
         self._expected = 0.0  # what the method's formula says has been sent, in units of the parameters
 
-    def train(self) -> dict[str, Any]:
+    def train(self, method: Method) -> dict[str, Any]:
         """Train, and return what has been recorded: of each step the loss, seconds and bytes since the start."""
-        length = self._steps // self._epochs
-        epoch, indices = 0, self._batches.epoch(0)
+        optimizer = method.make(self._inner, self.model, self._comm, self._length.phases)
+        epoch = self._length.epoch
         self._comm.barrier()
         begin, before = self._comm.seconds(), sent_bytes()
-        for step in range(length * self._epochs):
-            batch = next(indices, None)
-            if batch is None:
-                epoch += 1
-                indices = self._batches.epoch(epoch)
-                batch = next(indices)
-            last = (step + 1) % length == 0
-            self._expected += self._share(self._optimizer, step + 1, step % length, last)
-            self._step(batch, last)
+        for step, batch in enumerate(islice(self._batches, self._length.steps)):
+            last = (step + 1) % epoch == 0
+            self._expected += method.share(optimizer, step + 1, step % epoch, last)
+            for group in self._inner.param_groups:
+                group["lr"] = self._problem.rate * self._length.learning_rate(step)
+            self._step(optimizer, batch, last)
             self._times.append(self._comm.seconds() - begin)
             self._sent.append(sent_bytes() - before)
-            if last and hasattr(self._optimizer, "epoch_loss_logic"):
-                self._optimizer.epoch_loss_logic(fmean(self._losses[-length:]))
-        if hasattr(self._optimizer, "synchronize"):
-            self._optimizer.synchronize()
+            if last and hasattr(optimizer, "epoch_loss_logic"):
+                optimizer.epoch_loss_logic(fmean(self._losses[-epoch:]))
+        if hasattr(optimizer, "synchronize"):
+            optimizer.synchronize()
         records = self._comm.all_gather_object((self._losses, self._times, self._sent, self._comm.node_rank))
-        final = self._final_loss()
+        size = sum(p.nbytes for p in self.model.parameters())
         return {
             "losses": [fmean(column) for column in zip(*(r[0] for r in records), strict=True)],
             "seconds": [max(column) for column in zip(*(r[1] for r in records), strict=True)],
             "sent": [fmean(column) for column in zip(*(r[2] for r in records if r[3] == 0), strict=True)],
-            "final_loss": final,
-            "steps": length * self._epochs,
-            "epoch_steps": length,
+            "final_loss": self._mean_loss(self._problem.inputs, self._problem.targets),
+            "held_out_loss": self._mean_loss(*self._problem.held_out),
+            "pretrain": self._length.pretrain,
+            "steps": self._length.steps,
+            "epoch": epoch,
             "begin": begin,
-            "parameter_bytes": sum(p.nbytes for p in self.model.parameters()),
-            "expected_sent": self._expected * sum(p.nbytes for p in self.model.parameters()),
+            "parameter_bytes": size,
+            "expected_sent": self._expected * size,
         }
 
-    def _step(self, batch: torch.Tensor, last: bool) -> None:
-        self._optimizer.zero_grad()
-        loss = self._problem.loss(self.model, batch)
+    def _step(self, optimizer: Any, batch: torch.Tensor, last: bool) -> None:
+        optimizer.zero_grad()
+        loss = self._problem.batch_loss(self.model, batch)
         loss.backward()
         if isinstance(self._comm, SimulatedCommunicator):
             self._comm.compute(self._problem.seconds)
-        if isinstance(self._optimizer, HeatDaso):
-            self._optimizer.step(last)
+        if isinstance(optimizer, HeatDaso):
+            optimizer.step(last)
         else:
-            self._optimizer.step()
-        self._schedule.step()
+            optimizer.step()
         self._losses.append(loss.item())
 
     @torch.no_grad()
-    def _final_loss(self) -> float:
-        """Of all training data."""
+    def _mean_loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+        """Of all these samples, of which each rank takes its part."""
         total = torch.zeros(2, dtype=torch.float64)
-        for part in torch.arange(self._comm.rank, len(self._problem.inputs), self._comm.size).split(256):
-            total += torch.tensor([float(self._problem.loss(self.model, part)) * len(part), len(part)])
+        for part in torch.arange(self._comm.rank, len(inputs), self._comm.size).split(256):
+            loss = self._problem.loss(self.model, inputs[part], targets[part])
+            total += torch.tensor([float(loss) * len(part), len(part)])
         weighted, count = self._comm.allreduce(total, "sum").tolist()
         return weighted / count
 
@@ -198,12 +166,13 @@ def train_all(comm: Communicator, options: argparse.Namespace) -> list[dict[str,
     results = []
     for task in options.tasks:
         for seed in options.seeds:
-            torch.manual_seed(seed)
-            problem = PROBLEMS[task](comm)
+            problem = PROBLEMS[task](comm, seed)
+            length = Length.of(problem, options)
+            states = pretrain(comm, problem, length.pretrain, length.pretrain + length.steps, seed)
             for method in options.methods:
                 # Each has traffic, groups and plans of its own.
-                result = Run(comm.duplicate(method), problem, method, seed, options).train()
-                results.append({"task": task, "seed": seed, "method": method, **result})
+                run = Run(comm.duplicate(method), problem, states, length, seed)
+                results.append({"task": task, "seed": seed, "method": method, **run.train(METHODS[method])})
     return results
 
 
@@ -235,6 +204,7 @@ def launch(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
             *("--tasks", *options.tasks, "--methods", *options.methods),
             *("--seeds", *map(str, options.seeds), "--epochs", str(options.epochs)),
             *(() if options.steps is None else ("--steps", str(options.steps))),
+            *(() if options.pretrain is None else ("--pretrain", str(options.pretrain))),
         ]
         nodes = [str(script.with_name("two_nodes.sh")), "-n", str(NODES), "-s", str(SLOTS), "-r", rate, "--"]
         command = [*nodes, sys.executable, str(script), "--worker", str(out), *lists]
@@ -266,7 +236,7 @@ def thin(result: dict[str, Any], points: int) -> dict[str, Any]:
     count = len(result["losses"])
     width = max(1, count // points)
     ends = range(width - 1, count, width)
-    length = result["epoch_steps"]  # of warm-up and of cool-down
+    length = result["epoch"]  # of warm-up and of cool-down
     return {
         **{key: value for key, value in result.items() if key != "begin"},
         "losses": [round(fmean(result["losses"][end - width + 1 : end + 1]), 5) for end in ends],
@@ -285,7 +255,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="updates of each run (default: 800 of digits, 300 of text)")
+    parser.add_argument("--steps", type=int, help="updates of each run (default: 800 of digits, 400 of text)")
+    parser.add_argument("--pretrain", type=int, help="updates before that (default: 0 of digits, 400 of text)")
     parser.add_argument(
         "--epochs", type=int, default=10, help="for methods with phases; one to warm up, one to cool down"
     )
@@ -298,6 +269,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--epochs must be at least 3, got {options.epochs}")
     if options.steps is not None and options.steps < options.epochs:
         parser.error(f"--steps must be at least {options.epochs}, the number of epochs, got {options.steps}")
+    if options.pretrain is not None and options.pretrain < 0:
+        parser.error(f"--pretrain must be at least 0, got {options.pretrain}")
     return options
 
 
@@ -323,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_results(options.out / "compare_methods.json", described, results)
     show_comparison(results, EXACT)
+    show_seeds(results, EXACT)
     for task in dict.fromkeys(result["task"] for result in results):
         draw_comparison([r for r in results if r["task"] == task], options.out / f"compare_{task}.png", task)
 

@@ -23,6 +23,7 @@ from heatopt.checkpoint._writing import finish_pending
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError
 from heatopt.sharding import RESIDUALS, Wanted
+from heatopt.sync import Call, meet_for
 
 __all__ = ["load"]
 
@@ -64,9 +65,11 @@ def load(
         ValueError: ``path`` is empty.
         CheckpointError: on all ranks: there is no checkpoint, a file is missing, damaged, truncated, foreign or of a
             newer version, or what it has does not fit. The message names it. Nothing has been loaded then.
+        RankMismatchError: on all ranks, if they load different things, or some are in another call of an optimizer.
     """
     chosen = choose_communicator(comm, optimizer)
     finish_pending(chosen)
+    meet_for(chosen, Call.LOAD)
     objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "sampler": sampler}
     target = _check(chosen, path, objects)
     given = {name: thing for name, thing in objects.items() if thing is not None}

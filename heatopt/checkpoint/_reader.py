@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,17 +111,17 @@ class Reader:
         return saved, list(dict.fromkeys(order))
 
     def _read_state(self, entries: Any, parameter: int, wanted: Wanted) -> dict[str, Any]:
-        state = {}
-        for key, value in items_of(entries):
+        def read(key: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [read(key, item) for item in value]
             name = name_of_tensor(value)
             if name is None:
-                state[key] = decode(value, self._tensor)
-                continue
+                return decode(value, self._tensor)
             shape = torch.Size(self._manifest.tensor(name, self._rank).shape)
-            start, stop = wanted(parameter, key, shape) or (0, 0)
-            found = self._elements(name, start, stop)
-            state[key] = found.view(shape) if found.numel() == shape.numel() else found
-        return state
+            found = self._elements(name, wanted(parameter, key, shape) or ())
+            return found.view(shape) if found.numel() == shape.numel() else found
+
+        return {key: read(key, value) for key, value in items_of(entries)}
 
     def _decode(self, section: str, tensor: Any) -> Any:
         return self._malformed(section, lambda content: decode(content, tensor))
@@ -137,26 +137,29 @@ class Reader:
 
     def _tensor(self, name: str) -> torch.Tensor:
         shape = torch.Size(self._manifest.tensor(name, self._rank).shape)
-        return self._elements(name, 0, shape.numel()).view(shape)
+        return self._elements(name, [(0, shape.numel())]).view(shape)
 
-    def _elements(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements of a tensor; only the pieces that have some of them are read."""
+    def _elements(self, name: str, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Runs of elements of a tensor, one after the other; only the pieces that have some of them are read."""
         entry: TensorEntry = self._manifest.tensor(name, self._rank)
         dtype = named_dtype(entry.dtype)
         key = name if self._manifest.tensors.get(name) is entry else rank_key(self._rank, name)
-        result = torch.empty(stop - start, dtype=dtype, device="cpu")
+        result = torch.empty(sum(stop - start for start, stop in runs), dtype=dtype, device="cpu")
         flat = stored(result)
-        begin = start * extent_of(name, dtype).count
-        end = begin + flat.numel()
+        count = extent_of(name, dtype).count
+        targets = torch.split(flat, [count * (stop - start) for start, stop in runs])
         position = 0
         for number, first, last, digest in entry.pieces:
             if first != position:
                 raise ValueError(f"elements {position} to {first} of {name} are in no file")
             position = last
-            low, high = max(first, begin), min(last, end)
-            if low < high:
-                found = self._file(number).read(Piece(key, first, last), digest, flat.dtype)
-                flat[low - begin : high - begin] = found[low - first : high - first]
+            inside = [(max(first, count * start), min(last, count * stop)) for start, stop in runs]
+            if all(low >= high for low, high in inside):
+                continue
+            found = self._file(number).read(Piece(key, first, last), digest, flat.dtype)
+            for target, (start, _), (low, high) in zip(targets, runs, inside, strict=True):
+                if low < high:
+                    target[low - count * start : high - count * start] = found[low - first : high - first]
         if position != entry.count():
             raise ValueError(f"elements {position} to {entry.count()} of {name} are in no file")
         return result

@@ -31,6 +31,7 @@ from heatopt.checkpoint._writing import SaveHandle, Writer, finish_pending
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError, RankMismatchError
 from heatopt.sharding import Part
+from heatopt.sync import Call, meet_for
 
 __all__ = ["save"]
 
@@ -77,11 +78,12 @@ def save(
         TypeError: an argument of the wrong type, or a state or ``extra`` with something that a checkpoint cannot hold;
             the message names its place.
         ValueError: ``path`` is empty.
-        RankMismatchError: on all ranks, if they save different things.
+        RankMismatchError: on all ranks, if they save different things, or some are in another call of an optimizer.
         CheckpointError: on all ranks, if one of them cannot write; whatever was at ``path`` is still there.
     """
     chosen = choose_communicator(comm, optimizer)
     finish_pending(chosen)
+    meet_for(chosen, Call.SAVE)
     objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "sampler": sampler}
     target = _check(chosen, path, objects, background)
     manifest, pieces = _plan(chosen, objects, extra)
@@ -159,9 +161,9 @@ def _all_of(own: Tensors) -> Iterator[Content]:
 def _pieces_of_parts(parts: Mapping[str, Part]) -> Iterator[Content]:
     """What this rank alone has of tensors that are held in parts."""
     for name, part in parts.items():
-        if part.own is not None:
-            flat = stored(part.own)
-            first = part.start * extent_of(name, part.dtype).count
+        for start, own in part.own:
+            flat = stored(own)
+            first = start * extent_of(name, part.dtype).count
             pieces = pieces_of(extent_of(name, part.dtype, part.shape.numel()), first, first + flat.numel())
             yield from ((piece, flat[piece.start - first : piece.stop - first]) for piece in pieces)
 

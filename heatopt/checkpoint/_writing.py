@@ -21,6 +21,7 @@ from heatopt.checkpoint._pieces import Piece
 from heatopt.checkpoint._rank_file import Written, file_name, write_pieces
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError, CollectiveTimeoutError, RankFailedError
+from heatopt.sync import Call, meet_for
 
 __all__ = ["SaveHandle", "Writer", "finish_pending"]
 
@@ -188,9 +189,12 @@ class SaveHandle:
 
         Raises:
             CheckpointError: on all ranks, if one of them could not write; whatever was at the path is still there.
+            RankMismatchError: on all ranks, if some are in another call of an optimizer; the save goes on.
         """
         if self._finished:
             return
+        if self._thread is not None:
+            meet_for(self._comm, Call.END_SAVE)
         self._finished = True
         atexit.unregister(self._end_with_program)
         if _pending.get(self._comm) is self:

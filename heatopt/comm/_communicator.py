@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -56,6 +56,7 @@ class Communicator(RankGroup):
     ) -> None:
         super().__init__(rank, topology, timeout, name=name, members=members, watchdog=watchdog)
         self._children = 0
+        self._closers: list[Callable[[], None]] = []
         self._reducer = BucketReducer()
 
     # Collectives on tensors
@@ -195,8 +196,20 @@ class Communicator(RankGroup):
         child._queue = self._queue  # see [Note: Order of stages]
         return child
 
+    def _make_helper(self, groups: list[list[int]], what: str) -> Communicator:
+        """A group for this one's own use, which is closed with it."""
+        group = self._make_group(groups, what)
+        self.when_closed(group.close)
+        return group
+
+    def when_closed(self, function: Callable[[], None]) -> None:
+        """Let :meth:`close` begin with ``function``, on all ranks in the same order: the last one first."""
+        self._closers.append(function)
+
     def close(self) -> None:
-        """Complete what is in flight and free the group's resources. Collective."""
+        """Complete what is in flight and free the group's resources. Collective. Optimizers on it have ended then."""
+        while self._closers:
+            self._closers.pop()()
         self._queue.drain()
         self._reducer.close()
         self._node = None
@@ -218,7 +231,7 @@ class Communicator(RankGroup):
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> BucketMemory:
         """Zeroed memory for a bucket of ``numel`` elements, from where reductions are fastest. Collective."""
-        return self._reducer.allocate(self, self._make_group, numel, dtype, device)
+        return self._reducer.allocate(self, self._make_helper, numel, dtype, device)
 
     def reduce_bucket(self, memory: BucketMemory, options: ReduceOptions, what: str) -> Work[None] | None:
         """Sum a bucket over ranks and divide, in place; ``None`` once completed."""
@@ -270,7 +283,7 @@ class Communicator(RankGroup):
 
         Nothing keeps readers and writers apart but the meetings that the caller arranges.
         """
-        return self._reducer.allocate_once(self, self._make_group, nbytes)
+        return self._reducer.allocate_once(self, self._make_helper, nbytes)
 
     def spread_to_nodes(self, parts: Parts, what: str) -> None:
         """Copy what each rank has written of its node's common memory to the other nodes, whose ranks then see it.

@@ -12,6 +12,7 @@ from heatopt.comm import Handle
 from heatopt.local._outer import Outer
 from heatopt.local._packing import Packed, weighed
 from heatopt.local._replicas import Replicas
+from heatopt.local._rules import keep_progress, mix, weigh_stale
 from heatopt.local._schedule import Send
 from heatopt.local._settings import LocalSettings
 
@@ -55,6 +56,23 @@ class Parcel:
     """Number of replicas."""
     sent: tuple[torch.Tensor, ...] | None
     """The parameters when they were sent, where the merge needs them."""
+
+    def merged(self, place: int, center: torch.Tensor, now: torch.Tensor, share: float) -> torch.Tensor:
+        """What becomes of a parameter, at least in single precision.
+
+        Args:
+            place: the parameter's in ``indices``.
+            center: what has arrived.
+            now: its present value.
+            share: of that, where some of it is kept.
+        """
+        wide = torch.promote_types(now.dtype, torch.float32)
+        center, now = center.to(wide), now.to(wide)
+        if self.kind is Kind.TOTAL:
+            return weigh_stale(center, now, self.delay, self.count)
+        if self.delay == 0:
+            return center
+        return mix(center, now, share) if self.sent is None else keep_progress(center, now, self.sent[place].to(wide))
 
 
 class DelayedAverage:

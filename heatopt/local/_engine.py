@@ -27,7 +27,6 @@ from heatopt.local._fragments import cut
 from heatopt.local._means import average_buffers, average_moments, average_over, exchange_numbers
 from heatopt.local._outer import Outer, OuterFactory
 from heatopt.local._replicas import Replicas
-from heatopt.local._rules import keep_progress, mix, weigh_stale
 from heatopt.local._samples import Samples, shares_of
 from heatopt.local._schedule import Action, GroupMean, Merge, MomentMean, ReplicaMean, Send, SyncPlan
 from heatopt.local._settings import LocalSettings
@@ -236,13 +235,14 @@ class LocalEngine:
             words = exchange_numbers(self._coordinator.channel, self._samples.words, "samples of each fragment")
         idle = [row.payload if call is Call.SYNCHRONIZE else 0.0 for row in rows]
         shares = [shares_of([found[n] for found in words], idle) for n in range(self.settings.fragments)]
-        unsent = self._unsent()
+        parameters, trained = self._subject.parameters(), sorted(self._subject.trained)
+        restarted = self.outer if self.settings.merge == "restart" and self._anchored else None
+        unsent = restarted.progress(trained, [parameters[index] for index in trained]) if restarted else ()
         for _, flight in sorted(self._flight.items()):
             while flight:
                 self._merge(flight.popleft())
-        for index, progress in unsent.items():
-            assert self.outer is not None
-            self._subject.parameters()[index].copy_(self.outer.anchors[index] + progress)
+        if restarted:
+            restarted.redo(trained, parameters, unsent)
         for fragment, self._shares in enumerate(shares):
             self._act(Send(fragment, full=True))
             self._act(Merge(fragment))
@@ -300,28 +300,10 @@ class LocalEngine:
         parameters = self._subject.parameters()
         for place, (index, center) in enumerate(zip(parcel.indices, centers, strict=True)):
             parameter = parameters[index]
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            sent = None if parcel.sent is None else parcel.sent[place].to(wide)
-            parameter.copy_(self._merged(parcel, center.to(wide), parameter.detach().to(wide), sent))
+            parameter.copy_(parcel.merged(place, center, parameter.detach(), self.settings.share))
         if parcel.fragment == self.settings.fragments - 1:
             assert self._coordinator is not None
             average_buffers(self._coordinator.channel, self._subject, self.settings.chunk)
-
-    def _unsent(self) -> dict[int, torch.Tensor]:
-        """What has been done to each parameter in this period, where merges would overwrite that."""
-        if self.settings.merge != "restart" or self.outer is None or not self._anchored:
-            return {}
-        parameters, trained = self._subject.parameters(), sorted(self._subject.trained)
-        return dict(zip(trained, self.outer.progress(trained, [parameters[i] for i in trained]), strict=True))
-
-    def _merged(
-        self, parcel: Parcel, center: torch.Tensor, now: torch.Tensor, sent: torch.Tensor | None
-    ) -> torch.Tensor:
-        if parcel.kind is Kind.TOTAL:
-            return weigh_stale(center, now, parcel.delay, parcel.count)
-        if parcel.delay == 0:
-            return center
-        return mix(center, now, self.settings.share) if sent is None else keep_progress(center, now, sent)
 
     # Plain averages
 

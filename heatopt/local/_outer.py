@@ -129,6 +129,13 @@ class Outer:
         for index in indices:
             parameters[index].copy_(self.anchors[index])
 
+    def redo(
+        self, indices: Sequence[int], parameters: Sequence[torch.Tensor], progress: Sequence[torch.Tensor]
+    ) -> None:
+        """Set ``parameters`` (all of them) of ``indices`` to their anchors plus a former :meth:`progress`."""
+        for index, done in zip(indices, progress, strict=True):
+            parameters[index].copy_(self.anchors[index] + done)
+
     def progress(self, indices: Sequence[int], values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """How far ``values``, of the parameters ``indices``, are from their anchors."""
         anchors = [self.anchors[index] for index in indices]

@@ -17,7 +17,7 @@ from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
 from heatopt.optim._own_parameters import WritableParameters
 from heatopt.optim._ownership import claim, refuse_owned
 from heatopt.optim._parts import assemble
-from heatopt.sharding import States
+from heatopt.sharding import Carried, States
 from heatopt.sync import (
     Call,
     Compression,
@@ -137,7 +137,7 @@ class DataParallelOptimizer(WritableParameters):
             raise ValueError("torch_optimizer is a DataParallelOptimizer already; use it as it is")
         names = parameter_names(model)
         refuse_owned([p for group in torch_optimizer.param_groups for p in group["params"]], names)
-        self._assemble(torch_optimizer, world() if comm is None else comm, names, settings)
+        self._assemble(torch_optimizer, world() if comm is None else comm, names, settings, Carried())
         self._gradients.attach()
         start_equal(self._comm, torch_optimizer, model)
         others = [] if model is None else [*model.parameters(), *model.buffers()]
@@ -149,7 +149,7 @@ class DataParallelOptimizer(WritableParameters):
         comm: Communicator,
         names: dict[int, str],
         settings: SyncSettings,
-        layout: Any = None,
+        carried: Carried,
     ) -> None:
         """Set every attribute."""
         self._wrap(torch_optimizer, comm)
@@ -157,7 +157,7 @@ class DataParallelOptimizer(WritableParameters):
         self._settings = settings
         route_around_fused_sgd(torch_optimizer, torch_optimizer.param_groups)
         self._gradients, self._shards, self._residuals, self._states, self._stepper, self._memory = assemble(
-            torch_optimizer, comm, names, settings, layout
+            torch_optimizer, comm, names, settings, carried
         )
         claim(self._parameters(), self)
 
@@ -337,7 +337,7 @@ class DataParallelOptimizer(WritableParameters):
             "torch_optimizer": optimizer_contents(self.torch_optimizer),
             "names": [self._names.get(id(parameter)) for parameter in self._parameters()],
             "settings": self._settings,
-            "layout": self._states.layout(),
+            "carried": self._states.carried(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -354,4 +354,4 @@ class DataParallelOptimizer(WritableParameters):
         optimizer = optimizer_from_contents(*state["torch_optimizer"])
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = {id(p): name for p, name in zip(parameters, state["names"], strict=True) if name is not None}
-        self._assemble(optimizer, comm, names, state["settings"], state["layout"])
+        self._assemble(optimizer, comm, names, state["settings"], state["carried"])

@@ -9,6 +9,7 @@ import torch
 from heatopt.comm import Communicator
 from heatopt.optim._flat import FlatStepper
 from heatopt.sharding import (
+    Carried,
     GradientDivision,
     Masters,
     MasterStates,
@@ -17,7 +18,6 @@ from heatopt.sharding import (
     OwnParameters,
     ParameterMemory,
     ResidualStates,
-    ShardedStates,
     States,
     WholeStates,
     sharded_states,
@@ -47,7 +47,7 @@ def assemble(
     comm: Communicator,
     names: dict[int, str],
     settings: SyncSettings,
-    layout: Any,
+    carried: Carried,
 ) -> Parts:
     """Make the parts for ``optimizer``, the wrapped one.
 
@@ -56,23 +56,22 @@ def assemble(
         comm: the ranks.
         names: name of parameters by ``id``, for messages.
         settings: what the user chose.
-        layout: of the states that a copy has brought.
+        carried: what it has, as a copy, from another one.
 
     Raises:
         HeatoptError: what a copy has brought belongs to another rank.
     """
-    unsent = None
-    if settings.compression is not None and layout is not None:
-        layout, unsent = layout
-    ShardedStates.check_layout(layout, comm)
+    layout = carried.layout
+    if layout is not None:
+        layout.check(comm)
     masters = Masters(settings.master_dtype) if settings.master_dtype is not None else None
     if comm.size == 1:
         gradients = LocalGradients(lambda: optimizer.param_groups)
         memory: ParameterMemory = OwnParameters(lambda: comm)
         return Parts(gradients, GradientShards(), Residuals(comm), *_unsharded(optimizer, settings, masters), memory)
     divides = settings.shard == "gradients"
-    shards = GradientShards(GradientDivision(optimizer)) if divides else GradientShards()
-    residuals = Residuals(comm, unsent)
+    shards = GradientShards(GradientDivision(optimizer), 1 if settings.blocking else 2) if divides else GradientShards()
+    residuals = Residuals(comm, carried.unsent)
     residuals.roll_back_cleared([p for group in optimizer.param_groups for p in group["params"]])
     # The callback must not hold the wrapper, which is to die with its last user.
     sync = GradientSync(comm, lambda: optimizer.param_groups, names, settings, shards, residuals)

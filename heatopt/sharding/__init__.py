@@ -13,13 +13,14 @@ from heatopt.sharding._node_parameters import NodeParameters
 from heatopt.sharding._parameter_memory import OwnParameters, ParameterMemory
 from heatopt.sharding._residual_states import RESIDUALS, ResidualStates
 from heatopt.sharding._sharded import ShardedStates
-from heatopt.sharding._states import States, Wanted, WholeStates, uncast
+from heatopt.sharding._states import Carried, States, Wanted, WholeStates, uncast
 from heatopt.sharding._whole_problem import sharded_states
 
 __all__ = [
     "MASTER",
     "MASTERS",
     "RESIDUALS",
+    "Carried",
     "GradientDivision",
     "HookedStep",
     "MasterStates",

@@ -28,13 +28,15 @@ class Ownership:
     cut: frozenset[int]
     """Indices of the parameters that are cut, whoever owns their pieces."""
 
-    def elements(self, index: int, key: str, shape: torch.Size, parameter: torch.Tensor) -> tuple[int, int] | None:
+    def elements(
+        self, index: int, key: str, shape: torch.Size, parameter: torch.Tensor
+    ) -> Sequence[tuple[int, int]] | None:
         """First and end element that this rank holds of the state ``key``, of ``shape``; None if it holds nothing."""
         piece = self.pieces.get(index)
         if piece is None:
             return None
         is_cut = index in self.cut and _is_cut_with(key, shape, parameter.shape)
-        return (piece.start, piece.stop) if is_cut else (0, shape.numel())
+        return [(piece.start, piece.stop) if is_cut else (0, shape.numel())]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,8 @@ class Part:
     shape: torch.Size
     """Of the whole tensor."""
     dtype: torch.dtype
-    start: int
-    """Number of the first element that this rank has."""
-    own: torch.Tensor | None
-    """The elements that this rank has, in order: the memory of the state itself; None if it has none."""
+    own: Sequence[tuple[int, torch.Tensor]] = ()
+    """Elements that this rank has: the number of the first of some neighbours, and the memory of the state itself."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def outline_states(
                 shape = parameters[index].shape if found.is_part else torch.Size(found.shape)
                 missing[index, key] = missing.get((index, key), shape.numel()) - torch.Size(found.shape).numel()
                 if key not in whole or value is not None:
-                    whole[key] = Part(shape, found.dtype, found.start if found.is_part else 0, value)
+                    own_part = () if value is None else [(found.start if found.is_part else 0, value)]
+                    whole[key] = Part(shape, found.dtype, own_part)
     for (index, key), count in missing.items():
         if count:
             raise RankMismatchError(f"the ranks do not have all of the state {key!r} of parameter {index}")

@@ -250,21 +250,29 @@ class NodeParameters(ParameterMemory):
         )
 
     def finish(
-        self, parameters: Sequence[torch.Tensor], parts: Sequence[Sequence[Sequence[torch.Tensor]]] = ()
-    ) -> None:
+        self,
+        parameters: Sequence[torch.Tensor],
+        parts: Sequence[Sequence[Sequence[torch.Tensor]]] = (),
+        failed: bool = False,
+    ) -> bool:
         """Return once all ranks have written their pieces, and those of other nodes are there. Collective.
 
         Args:
             parameters: all of the optimizer's.
             parts: with several nodes: what each rank has written, by block and rank.
+            failed: this rank could not make its part of the update.
+
+        Returns:
+            Whether any rank has failed.
         """
         comm = self._channel()
-        comm.exchange_words(np.zeros(1, dtype=np.int64), _FINISHING)
+        any_failed = bool(comm.exchange_words(np.array([failed], dtype=np.int64), _FINISHING).any())
         for number, block in enumerate(parts):
             comm.spread_to_nodes(block, f"sharing of updated parameters, block {number}")
         # What others have written, autograd must know too: a graph that has saved the former values is void.
         torch.autograd.graph.increment_version(parameters)
         self._note(parameters)
+        return any_failed
 
     def write(self, parameters: Sequence[torch.Tensor], parameter: torch.Tensor, value: torch.Tensor) -> None:
         if self._depth == 0:

@@ -19,7 +19,9 @@ class Home(Protocol):
 
     def begin(self, parameters: Sequence[torch.Tensor], may_move: bool) -> None: ...
 
-    def finish(self, parameters: Sequence[torch.Tensor], parts: Sequence[Sequence[Sequence[torch.Tensor]]]) -> None: ...
+    def finish(
+        self, parameters: Sequence[torch.Tensor], parts: Sequence[Sequence[Sequence[torch.Tensor]]], failed: bool
+    ) -> bool: ...
 
 
 class NodeViews(Views):
@@ -70,10 +72,13 @@ class NodeViews(Views):
         self._home.begin(self._parameters, False)
 
     def share(self, comm: Communicator) -> None:
+        self.conclude(comm, False)
+
+    def conclude(self, comm: Communicator, failed: bool) -> bool:
         for flat, places in self._scattered:
             for place, values in _side_by_side(places, flat):
                 place.copy_(values)
-        self._home.finish(self._parameters, self._parts)
+        return self._home.finish(self._parameters, self._parts, failed)
 
 
 def _side_by_side(places: Sequence[torch.Tensor], flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -14,7 +14,7 @@ from heatopt.sharding._partition import Block
 from heatopt.sharding._vectors import SplitVector
 from heatopt.sharding._views import Member, Views
 
-__all__ = ["OwnPart", "count_reals", "each_vector", "spans"]
+__all__ = ["OwnPart", "count_reals", "each_vector", "is_vector", "spans"]
 
 # What LBFGS remembers with an element for each of all parameters, and lists of such. The rest of its state is numbers.
 _VECTORS = ("d", "prev_flat_grad")
@@ -32,19 +32,27 @@ def each_vector(state: Mapping[str, Any], change: Callable[[Any, str], Any]) -> 
     return changed
 
 
+def is_vector(name: str) -> bool:
+    """Whether what LBFGS remembers by this name is a vector over all parameters, or a list of such."""
+    return name in _VECTORS or name in _HISTORIES
+
+
 def count_reals(parameter: torch.Tensor) -> int:
     """How many elements of a vector stand for ``parameter``: two for a complex number."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
 
 
 def spans(parameters: Sequence[torch.Tensor], blocks: Sequence[Block], rank: int) -> list[tuple[int, int]]:
-    """Which elements ``start:stop`` of a vector over all parameters ``rank`` has, in ascending order."""
+    """Which elements ``start:stop`` of a vector over all parameters ``rank`` has, ascending, neighbours joined."""
     ends = list(accumulate(map(count_reals, parameters)))
-    found = []
+    found: list[tuple[int, int]] = []
     for piece in sorted((p for block in blocks for p in block.pieces if p.rank == rank), key=lambda p: p.index):
         reals = 2 if parameters[piece.index].is_complex() else 1
         begin = ends[piece.index] - count_reals(parameters[piece.index])
-        found.append((begin + reals * piece.start, begin + reals * piece.stop))
+        start, stop = begin + reals * piece.start, begin + reals * piece.stop
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
     return found
 
 

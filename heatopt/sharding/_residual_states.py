@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from heatopt.sharding._states import AroundStates, States
+from heatopt.sharding._states import AroundStates, Carried, States
 from heatopt.sync import Residuals
 
 __all__ = ["RESIDUALS", "ResidualStates"]
@@ -51,5 +51,5 @@ class ResidualStates(AroundStates):
     def _with_residuals(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         return {**state_dict, RESIDUALS: self._residuals.state(self._compressed())}
 
-    def layout(self) -> Any:
-        return self._states.layout(), self._residuals.contents()
+    def carried(self) -> Carried:
+        return self._states.carried()._replace(unsent=self._residuals.contents())

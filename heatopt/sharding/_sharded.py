@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 from zlib import crc32
 
-import numpy as np
 import torch
 
 from heatopt._log import logger
@@ -33,8 +32,8 @@ from heatopt.sharding._masters import Masters
 from heatopt.sharding._member_update import MemberUpdate
 from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._partition import plan_shards
-from heatopt.sharding._states import States, Wanted, as_state, copied, replace_entry
-from heatopt.sharding._views import Views
+from heatopt.sharding._states import Carried, States, Wanted, as_state, copied, replace_entry
+from heatopt.sharding._views import CONCLUDING, Views
 from heatopt.sync import GradientShards, outside_graphs
 
 __all__ = ["ShardedStates"]
@@ -110,8 +109,8 @@ class ShardedStates(States):
             except Exception as caught:
                 error = caught
             # After an error too: whatever has become of the parameters, all ranks have the same.
-            views.share(self._channel())
-            _raise_on_all_ranks(self._channel(), error)
+            if views.conclude(self._channel(), error is not None):
+                _raise_on_all_ranks(self._channel(), error)
         return loss
 
     def _update_members(self, views: Views, arguments: tuple[Any, ...]) -> None:
@@ -251,8 +250,11 @@ class ShardedStates(States):
     def state_dict_in_parts(self) -> dict[str, Any]:
         if self._keep_whole or self._all_are_whole():
             return self._optimizer.state_dict()
-        outline = outline_states(self._channel(), self._parameters(), self._optimizer.state, self._owned)
-        return self._state_dict_of(self._in_order(outline))
+        return self._state_dict_of(self._states_in_parts())
+
+    def _states_in_parts(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """States by parameter, with a ``Part`` for each tensor."""
+        return self._in_order(outline_states(self._channel(), self._parameters(), self._optimizer.state, self._owned))
 
     def _state_dict_of(self, states: dict[torch.Tensor, dict[str, Any]]) -> dict[str, Any]:
         """What the optimizer returns if these are the states of its parameters."""
@@ -276,18 +278,25 @@ class ShardedStates(States):
             return None
         self._meet()  # a copy may not have met the others yet, without whom there is no plan
         parameters = self._parameters()
-        owned = self._plan(parameters, frozenset()).ownership()
+        return self._wanted_of(self._plan(parameters, frozenset()), parameters)
+
+    def _wanted_of(self, layout: Layout, parameters: Sequence[torch.Tensor]) -> Wanted:
+        """What this rank takes where states are divided by ``layout``."""
+        owned = layout.ownership()
         return lambda index, key, shape: owned.elements(index, key, shape, parameters[index])
 
     def hold_parts(self, order: Sequence[int]) -> None:
         parameters, state = self._parameters(), self._optimizer.state
         self._use(self._plan(parameters, frozenset()))
         self._first_used, self._had_gradient = [parameters[index] for index in order], []
-        for index in self._owned.cut.intersection(self._owned.pieces):
-            if parameters[index] in state:
-                flatten_state(state[parameters[index]], parameters[index].shape)
+        self._flatten_parts(parameters)
         if not state:
             self._mark_in_use(self._first_used)
+
+    def _flatten_parts(self, parameters: Sequence[torch.Tensor]) -> None:
+        """A part that is the whole has come in the shape of the whole."""
+        for index in self._owned.cut.intersection(self._owned.pieces):
+            flatten_state(self._optimizer.state.get(parameters[index], {}), parameters[index].shape)
 
     def get(self, parameter: torch.Tensor) -> dict[str, Any]:
         index = self.require(parameter)
@@ -344,25 +353,17 @@ class ShardedStates(States):
         if self._hold_whole is not None:
             self._hold_whole(whole)
 
-    def layout(self) -> Layout | None:
+    def carried(self) -> Carried:
         if self._layout is None:
-            return None
+            return Carried()
         index_of = {p: index for index, p in enumerate(self._parameters())}
-        return replace(self._layout, order=tuple(index_of[p] for p in self._first_used if p in index_of))
-
-    @staticmethod
-    def check_layout(layout: Any, comm: Communicator) -> None:
-        """Raise unless the pieces that a copy has brought belong to this rank of as many ranks."""
-        if layout is not None:
-            layout.check(comm)
+        order = tuple(index_of[p] for p in self._first_used if p in index_of)
+        return Carried(replace(self._layout, order=order))
 
 
-def _raise_on_all_ranks(comm: Communicator, error: Exception | None) -> None:
+def _raise_on_all_ranks(comm: Communicator, error: Exception | None) -> NoReturn:
     """Raise ``error`` where there is one, and on the other ranks one that tells of it. Collective."""
-    what = "a look at whether all ranks have made their part of the update"
-    if not comm.exchange_words(np.array([error is not None], dtype=np.int64), what).any():
-        return
-    causes = comm.exchange_objects(None if error is None else f"{type(error).__name__}: {error}", what)
+    causes = comm.exchange_objects(None if error is None else f"{type(error).__name__}: {error}", CONCLUDING)
     if error is not None:
         raise error
     rank, cause = next((rank, cause) for rank, cause in enumerate(causes) if cause is not None)

@@ -5,17 +5,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["AroundStates", "States", "Wanted", "WholeStates", "as_state", "copied", "replace_entry", "uncast"]
+from heatopt.sharding._layout import Layout
 
-Wanted = Callable[[int, str, torch.Size], tuple[int, int] | None]
-"""First and end element of what a rank takes of a state; None if it takes no state of that parameter.
+__all__ = [
+    "AroundStates",
+    "Carried",
+    "States",
+    "Wanted",
+    "WholeStates",
+    "as_state",
+    "copied",
+    "replace_entry",
+    "uncast",
+]
+
+Wanted = Callable[[int, str, torch.Size], Sequence[tuple[int, int]] | None]
+"""First and end elements of what a rank takes of a state; None if it takes no state of that parameter.
 
 By index of the parameter, name and shape of the state.
 """
+
+
+class Carried(NamedTuple):
+    """What a copy of an optimizer has from it beside its attributes."""
+
+    layout: Layout | None = None
+    """Which pieces its states are of; None if they are whole."""
+    unsent: Any = None
+    """What :meth:`Residuals.contents` gives; None if gradients are not compressed."""
 
 
 class States(ABC):
@@ -88,7 +109,7 @@ class States(ABC):
         """Context in which each rank holds, and updates, all."""
 
     @abstractmethod
-    def layout(self) -> Any:
+    def carried(self) -> Carried:
         """What a copy of the optimizer needs beside its attributes."""
 
 
@@ -125,8 +146,8 @@ class AroundStates(States):
     def kept_whole(self) -> AbstractContextManager[None]:
         return self._states.kept_whole()
 
-    def layout(self) -> Any:
-        return self._states.layout()
+    def carried(self) -> Carried:
+        return self._states.carried()
 
 
 class WholeStates(States):
@@ -152,8 +173,8 @@ class WholeStates(States):
     def kept_whole(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def layout(self) -> Any:
-        return None
+    def carried(self) -> Carried:
+        return Carried()
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:

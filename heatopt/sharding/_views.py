@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from heatopt.buckets import covers_its_memory, find_overlaps, gradient_dtype
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.sharding._partition import Block, Piece
 
-__all__ = ["Member", "OwnViews", "Views", "whole_members"]
+__all__ = ["CONCLUDING", "Member", "OwnViews", "Views", "whole_members"]
+
+CONCLUDING = "a look at whether all ranks have made their part of the update"
 
 
 class Member:
@@ -127,6 +130,11 @@ class Views(ABC):
     @abstractmethod
     def share(self, comm: Communicator) -> None:
         """After an update: give all ranks all pieces. Collective."""
+
+    def conclude(self, comm: Communicator, failed: bool) -> bool:
+        """Share the pieces; return whether the update has ``failed`` on any rank. Collective."""
+        self.share(comm)
+        return bool(comm.exchange_words(np.array([failed], dtype=np.int64), CONCLUDING).any())
 
 
 class OwnViews(Views):

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator
+from heatopt.sharding._gather import Part
+from heatopt.sharding._layout import Layout
 from heatopt.sharding._masters import Masters
-from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, spans
+from heatopt.sharding._own_part import OwnPart, count_reals, each_vector, is_vector, spans
 from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._sharded import ShardedStates
 from heatopt.sharding._states import Wanted, copied, replace_entry
@@ -146,13 +148,27 @@ class WholeProblemStates(ShardedStates):
 
         return gather
 
-    # A checkpoint has the vectors whole: they are gathered for it, and loaded by all.
+    # Checkpoints: vectors in parts, numbers on every rank.
 
-    def state_dict_in_parts(self) -> dict[str, Any]:
-        return self.state_dict()
+    def _states_in_parts(self) -> dict[torch.Tensor, dict[str, Any]]:
+        assert self._layout is not None
+        parameters, state = self._parameters(), self._optimizer.state
+        shape = torch.Size([sum(map(count_reals, parameters))])
+        places = spans(parameters, self._layout.blocks, self._layout.rank)
+        lengths = [stop - start for start, stop in places]
 
-    def wanted_elements(self) -> Wanted | None:
-        return None
+        def outline(part: torch.Tensor, _: str) -> Part:
+            runs = zip(places, torch.split(part, lengths), strict=True)
+            return Part(shape, part.dtype, [(start, run) for (start, _), run in runs])
+
+        return {p: each_vector(state[p], outline) if p is parameters[0] else state[p] for p in parameters if p in state}
+
+    def _wanted_of(self, layout: Layout, parameters: Sequence[torch.Tensor]) -> Wanted:
+        places = spans(parameters, layout.blocks, layout.rank)
+        return lambda index, key, shape: places if index == 0 and is_vector(key) else [(0, shape.numel())]
+
+    def _flatten_parts(self, parameters: Sequence[torch.Tensor]) -> None:
+        pass  # a vector has one dimension in any case, and a number none
 
     def _set_own_part(self, index: int, parameter: torch.Tensor, name: str, value: Any) -> None:
         if index == 0 and self._layout is not None:

@@ -10,6 +10,7 @@ so all draw the same conclusion:
   or that called backward less often, serves the others from inside its ``step()``.
 * All ranks are in the same call: it goes ahead, after a reduction of what any rank has not reduced yet.
 * Ranks are in different calls, or have different plans: every rank raises :class:`RankMismatchError` at once.
+* A rank is in a call that serves no other, such as saving a checkpoint: all are, or every rank raises that error.
 * A rank is in ``join()``: it has no more data, takes part with zeros, and does not count in the divisor.
 * Ranks have weighted their gradients by their numbers of samples: the header has these (see [Note: Weights]).
 
@@ -20,12 +21,10 @@ reductions share one channel and one total order.
 
 from __future__ import annotations
 
-import struct
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,88 +32,10 @@ import numpy as np
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._fingerprint import Fingerprint, NumericOptions, first_difference
+from heatopt.sync._header import ALL, REPLAN, TOGETHER, Call, Row, describe, whereabouts
 from heatopt.sync._weights import NO_WEIGHT, Mean, mean_of
 
-__all__ = [
-    "ALL",
-    "REPLAN",
-    "SPARSE",
-    "Call",
-    "Coordinator",
-    "Member",
-    "OwnedOptions",
-    "Row",
-    "bucket_bit",
-    "coordinator_of",
-]
-
-
-class Call(IntEnum):
-    """What a rank is in; the values travel in headers."""
-
-    BACKWARD = 1
-    STEP = 2
-    SYNCHRONIZE = 3
-    CLOSURE = 4
-    UNSCALE = 5
-    JOIN = 6
-    CONSTRUCT = 7
-    ADD_PARAM_GROUP = 8
-    CLIP = 9
-    STATE = 10
-    MERGE = 11
-    EPOCH = 12
-    PERIOD = 13
-
-    def __str__(self) -> str:
-        return _CALL_NAMES[self]
-
-
-_CALL_NAMES = {
-    Call.BACKWARD: "backward()",
-    Call.STEP: "step()",
-    Call.SYNCHRONIZE: "synchronize()",
-    Call.CLOSURE: "step(closure)",
-    Call.UNSCALE: "GradScaler.unscale_()",
-    Call.JOIN: "the end of join()",
-    Call.CONSTRUCT: "the construction of the optimizer (or first use of its copy)",
-    Call.ADD_PARAM_GROUP: "add_param_group()",
-    Call.CLIP: "clip_grad_norm_()",
-    Call.STATE: "state_dict() or another look at sharded states",
-    Call.MERGE: "an average of local updates",
-    Call.EPOCH: "epoch_loss_logic()",
-    Call.PERIOD: "the first period, of another length than at construction",
-}
-
-# What a header's mask asks for: bit b for the buckets whose number is b modulo 61, and two more.
-_BUCKET_BITS = 61
-SPARSE = 1 << 61
-"""Mask bit: average the sparse gradients."""
-REPLAN = 1 << 62
-"""Mask bit: parameters have come or changed; make a new plan first."""
-ALL = SPARSE | (SPARSE - 1)
-"""Mask of everything that there is to reduce."""
-
-
-def bucket_bit(number: int) -> int:
-    """Mask bit of a bucket; far buckets share a bit, and are then reduced together."""
-    return 1 << (number % _BUCKET_BITS)
-
-
-class Row(NamedTuple):
-    """What one rank announced."""
-
-    call: int
-    member: int
-    mask: int
-    plan: int
-    """Digest of the member's fingerprint."""
-    options: int
-    """Hash of the numeric options of the groups; 0 where the call does not need them to agree."""
-    payload: float
-    """A number that travels along: the loss in CLOSURE, the overflow flag in UNSCALE."""
-    weight: float = NO_WEIGHT
-    """Of the member's gradients on this rank; see :attr:`SampleWeights.word`."""
+__all__ = ["Coordinator", "Member", "OwnedOptions", "coordinator_of", "meet_for"]
 
 
 class OwnedOptions(NamedTuple):
@@ -154,6 +75,7 @@ class Coordinator:
 
     def __init__(self, comm: Communicator) -> None:
         self.channel = comm.duplicate("the construction of the first optimizer")
+        comm.when_closed(self.channel.close)
         self._members: dict[int, weakref.ref[Member]] = {}
         self._next_number = 0
         self._constructing: Member | None = None  # has no number before all ranks have agreed
@@ -205,6 +127,14 @@ class Coordinator:
             self._settle(rows, member)
             return rows
 
+    def meet_together(self, call: Call, what: str) -> None:
+        """Return once all ranks are in ``call``, which belongs to no optimizer. Gradients stay as they are.
+
+        Raises:
+            RankMismatchError: some are in another call.
+        """
+        self._exchange(Row(call, -1, 0, 0, 0, 0.0), what)
+
     @contextmanager
     def join(self, member: Member) -> Iterator[None]:
         """The context of one join(); they may be nested, one for each member."""
@@ -244,7 +174,7 @@ class Coordinator:
         """An update that this rank misses must be of an optimizer that it receives at the end of join()."""
         if row.call in (Call.STEP, Call.CLOSURE) and row.member not in self._joins:
             raise RankMismatchError(
-                f"rank {self.channel.rank} is at the end of join() while others are in {_describe(row)}, whose join() "
+                f"rank {self.channel.rank} is at the end of join() while others are in {describe(row)}, whose join() "
                 "is not open here: enter the join() of every optimizer that the loop steps"
             )
 
@@ -262,11 +192,14 @@ class Coordinator:
         member.run_round(mask, self._mean(rows, member))
 
     def _exchange(self, row: Row, what: str) -> list[Row]:
-        words = np.array([*row[:5], *struct.unpack("<2q", struct.pack("<2d", *row[5:]))], dtype=np.int64)
+        words = row.words()
         table = self.channel.exchange_words(words, what)
         if (table == words).all():
             return [row] * self.channel.size
-        return [_to_row(found) for found in table.tolist()]
+        rows = list(map(Row.of, table.tolist()))
+        if any(r.call in TOGETHER for r in rows):
+            raise RankMismatchError(f"{whereabouts(rows)}; every rank must make the same calls in the same order")
+        return rows
 
     def _mean(self, rows: list[Row], member: Member) -> Mean:
         """The mean that a round of ``member`` is to form, of the ranks that are not in join()."""
@@ -317,7 +250,7 @@ class Coordinator:
         joined = next((rank for rank, r in enumerate(rows) if r.call == Call.JOIN), None)
         if joined is not None and first.call in (Call.CONSTRUCT, Call.ADD_PARAM_GROUP):
             raise RankMismatchError(
-                f"rank {first_rank} is in {_describe(first)} while rank {joined} is at the end of join(); "
+                f"rank {first_rank} is in {describe(first)} while rank {joined} is at the end of join(); "
                 "do this outside of join()"
             )
         self._require_same_plan(rows, first.member)
@@ -330,7 +263,7 @@ class Coordinator:
         for rank, r in active:
             if (r.call, r.member) != (first.call, first.member):
                 raise RankMismatchError(
-                    f"rank {first_rank} is in {_describe(first)}, rank {rank} is in {_describe(r)}; "
+                    f"rank {first_rank} is in {describe(first)}, rank {rank} is in {describe(r)}; "
                     "every rank must make the same optimizer calls in the same order"
                 )
 
@@ -342,9 +275,7 @@ class Coordinator:
         member = reference() if reference is not None else self._constructing
         prints = self.channel.exchange_objects(member.fingerprint() if member is not None else None)
         known = [found for found in prints if found is not None]
-        calls = {_describe(r): rank for rank, r in reversed(list(enumerate(rows)))}
-        where = ", ".join(f"rank {rank} is in {call}" for call, rank in sorted(calls.items(), key=lambda item: item[1]))
-        raise RankMismatchError(f"ranks have different optimizers: {first_difference(known)} ({where})")
+        raise RankMismatchError(f"ranks have different optimizers: {first_difference(known)} ({whereabouts(rows)})")
 
     def _require_same_options(self, rows: list[Row], member: Member) -> None:
         active = [rank for rank, r in enumerate(rows) if r.call != Call.JOIN]
@@ -365,26 +296,31 @@ class Coordinator:
         raise RankMismatchError("the ranks' parameter groups have different options")
 
 
-def _to_row(words: list[int]) -> Row:
-    payload, weight = struct.unpack("<2d", struct.pack("<2q", *words[5:]))
-    call, member, mask, plan, options = words[:5]
-    return Row(call, member, mask, plan, options, payload, weight)
-
-
-def _describe(row: Row) -> str:
-    return f"{Call(row.call)} of optimizer number {row.member}"
-
-
 _registry: weakref.WeakKeyDictionary[Communicator, Coordinator] = weakref.WeakKeyDictionary()
 _registry_lock = threading.Lock()
 
 
 def coordinator_of(comm: Communicator) -> Coordinator:
     """Return the coordinator of all optimizers that were given ``comm``. Collective at the first call."""
-    with _registry_lock:
-        known = _registry.get(comm)
+    known = _known(comm)
     if known is None:
         known = Coordinator(comm)
         with _registry_lock:
             _registry[comm] = known
     return known
+
+
+def meet_for(comm: Communicator, call: Call) -> None:
+    """Return once all ranks are in ``call``, as far as optimizers tell, if there has been one on ``comm``. Collective.
+
+    Raises:
+        RankMismatchError: on all ranks, if some are in another call, of whatever optimizer.
+    """
+    known = _known(comm)
+    if known is not None:
+        known.meet_together(call, str(call))
+
+
+def _known(comm: Communicator) -> Coordinator | None:
+    with _registry_lock:
+        return _registry.get(comm)

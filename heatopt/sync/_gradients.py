@@ -13,9 +13,10 @@ import torch
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError
 from heatopt.sync._backward import when_backward_ends
-from heatopt.sync._coordinator import ALL, REPLAN, Call, Coordinator, OwnedOptions, Row, coordinator_of
+from heatopt.sync._coordinator import Coordinator, OwnedOptions, coordinator_of
 from heatopt.sync._fingerprint import Fingerprint
 from heatopt.sync._graphs import outside_graphs
+from heatopt.sync._header import ALL, REPLAN, Call, Row
 from heatopt.sync._hooks import GradientHooks
 from heatopt.sync._local import Gradients
 from heatopt.sync._plan import GradientPlan
@@ -170,10 +171,8 @@ class GradientSync(Gradients):
         """See [Note: Tuning]. A rank in join() does not see the others' rows, so such steps do not count."""
         if any(row.call != Call.STEP for row in rows):
             return
-        if (
-            self._tuner.record(max(row.payload for row in rows))
-            and self._plan.bucket_mb != self._tuner.choice.bucket_mb
-        ):
+        changed = self._tuner.record(max(row.payload for row in rows))
+        if changed and self._plan.bucket_mb != self._tuner.choice.bucket_mb:
             self._plan.bucket_mb = self._tuner.choice.bucket_mb
             self._lay_out(())
 

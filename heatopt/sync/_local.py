@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from heatopt.sync._coordinator import Call, Row
+from heatopt.sync._header import Call, Row
 from heatopt.sync._weights import SampleWeights
 
 __all__ = ["Gradients", "LocalGradients"]

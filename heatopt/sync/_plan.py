@@ -13,7 +13,7 @@ from heatopt.buckets import Bucket, GradientBucket, ParameterSpec, gradient_dtyp
 from heatopt.comm import BucketMemory, Communicator
 from heatopt.errors import HeatoptError, RankMismatchError
 from heatopt.sync._cleared import ClearedGradients
-from heatopt.sync._coordinator import ALL, REPLAN, SPARSE, OwnedOptions, bucket_bit
+from heatopt.sync._coordinator import OwnedOptions
 from heatopt.sync._fingerprint import (
     Fingerprint,
     ParameterPrint,
@@ -22,6 +22,7 @@ from heatopt.sync._fingerprint import (
     options_hash,
     printable_options,
 )
+from heatopt.sync._header import ALL, REPLAN, SPARSE, bucket_bit
 from heatopt.sync._residuals import Residuals
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._shards import GradientShards

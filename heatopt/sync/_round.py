@@ -5,7 +5,7 @@ from __future__ import annotations
 from heatopt.buckets import Bucket, GradientBucket, ScatteredBucket
 from heatopt.comm import Communicator, ReduceOptions, Work
 from heatopt.sync._compressed import CompressedReduction
-from heatopt.sync._coordinator import SPARSE, bucket_bit
+from heatopt.sync._header import SPARSE, bucket_bit
 from heatopt.sync._plan import GradientPlan
 from heatopt.sync._settings import SyncSettings
 from heatopt.sync._sparse import average_sparse

@@ -2,8 +2,9 @@
 
 [Note: Sharded gradients]
 With ``shard="gradients"`` a bucket is a message: packed from ``p.grad``, reduced so that each rank receives the pieces
-that it owns, and emptied into what this rank keeps; the next bucket but one uses its memory (see [Note: Scattered
-buckets]). So a rank holds its part of the gradients, two buckets, and what backward has not handed over yet.
+that it owns, and emptied into what this rank keeps (see [Note: Scattered buckets]). Then another bucket uses its
+memory: the next one, if backward waits for each reduction, so that a rank holds its part of the gradients, one bucket,
+and what backward has not handed over yet. Otherwise the next but one: one is packed while another is on its way.
 
 ``p.grad`` is a contribution that no reduction has seen, and None once one has: on every rank, for every parameter,
 owned or not. Averages of several reductions add up until an update uses them; whatever comes after it starts a new sum,
@@ -30,18 +31,18 @@ __all__ = ["Divide", "GradientShards"]
 Divide = Callable[[Sequence[BucketPlan], int], Sequence[tuple[tuple[Piece, ...], bool]]]
 """Given the buckets and the number of ranks, returns the pieces of each bucket, by rank, and whether they are flat."""
 
-_IN_FLIGHT = 2
-
 
 class GradientShards:
     """What this rank keeps of the gradients; see [Note: Sharded gradients]. Keeps nothing where they are not sharded.
 
     Args:
         divide: who owns what; None if gradients are not sharded.
+        in_flight: how many buckets of a kind have memory at the same time.
     """
 
-    def __init__(self, divide: Divide | None = None) -> None:
+    def __init__(self, divide: Divide | None = None, in_flight: int = 1) -> None:
         self._divide = divide
+        self._in_flight = in_flight
         self._channel: Communicator | None = None
         self._buckets: list[ScatteredBucket] = []
         self._memory_bytes = 0
@@ -71,7 +72,7 @@ class GradientShards:
         for number, plan in enumerate(plans):
             kind = (plan.dtype, plan.device)
             counts[kind] = counts.get(kind, 0) + 1
-            users.setdefault((*kind, counts[kind] % _IN_FLIGHT), []).append(number)
+            users.setdefault((*kind, counts[kind] % self._in_flight), []).append(number)
         self.turns = [0] * len(plans)
         lent: list[BucketMemory | None] = [None] * len(plans)
         self._memory_bytes = 0

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import heatopt
 from heatopt.checkpoint import _rank_file
 from heatopt.comm import ThreadWorld
+from heatopt.sharding import _partition
 from tests.ranks._sharding import shards_of
 from tests.ranks._training import (
     ALGORITHMS,
@@ -172,20 +173,26 @@ def step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int)
     optimizer.step()
 
 
-def test_no_rank_has_the_whole_state(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving and loading make no tensor larger than a share, and read what is needed and little more."""
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Pieces are small; and how many bytes of the optimizer each thread has read."""
     monkeypatch.setattr("heatopt.checkpoint._pieces.PIECE_BYTES", SMALL)
-    read: dict[int, int] = {}
+    found: dict[int, int] = {}
     read_piece = _rank_file.RankFile.read
 
     def counting(self: Any, piece: Any, *arguments: Any) -> torch.Tensor:
-        found = read_piece(self, piece, *arguments)
+        elements = read_piece(self, piece, *arguments)
         if piece.name.startswith("optimizer/"):
             number = threading.get_ident()
-            read[number] = read.get(number, 0) + found.nbytes
-        return found
+            found[number] = found.get(number, 0) + elements.nbytes
+        return elements
 
     monkeypatch.setattr(_rank_file.RankFile, "read", counting)
+    return found
+
+
+def test_no_rank_has_the_whole_state(ranks: Ranks, tmp_path: Path, read: dict[int, int]) -> None:
+    """Saving and loading make no tensor larger than a share, and read what is needed and little more."""
 
     def body(comm: Communicator) -> None:
         path = comm.broadcast_object(tmp_path) / "checkpoint"
@@ -235,6 +242,89 @@ def test_what_is_written_is_held(ranks: Ranks, tmp_path: Path) -> None:
         assert [piece[0] for piece in pieces] == list(range(comm.size))
 
     ranks(body)
+
+
+def history(comm: Communicator, seed: int) -> tuple[torch.nn.Module, heatopt.DataParallelOptimizer]:
+    """LBFGS for parameters of any kind."""
+    sizes = ((3, 5), (WIDE,), (), (0, 2), (17,))
+    module = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(size)) for size in sizes])
+    module.append(torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64)))
+    fill(module, seed)
+    options: dict[str, Any] = {"lr": 0.3, "max_iter": 4, "history_size": 4, "tolerance_grad": 0, "tolerance_change": 0}
+    return module, wrap(comm, lambda model: torch.optim.LBFGS(model.parameters(), **options), module, shard="state")
+
+
+def descend(comm: Communicator, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        terms = [(0.3 + index + comm.rank) * p.abs().square().sum() for index, p in enumerate(module.parameters())]
+        loss = torch.stack(terms).sum() / WIDE
+        loss.backward()
+        return loss.detach()
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def test_no_rank_has_the_whole_history(
+    ranks: Ranks, tmp_path: Path, read: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank writes its runs of the vectors of LBFGS, and reads its runs of them, and nobody makes them whole."""
+    monkeypatch.setattr(_partition.plan_shards, "__defaults__", (300,))  # so that a rank's part is several runs
+
+    def body(comm: Communicator) -> None:
+        path = comm.broadcast_object(tmp_path) / "checkpoint"
+        module, optimizer = history(comm, 0)
+        for _ in range(2):
+            descend(comm, module, optimizer)
+        own = [t for t in tensors_of(next(iter(optimizer.state.values()))) if t.dim()]
+        assert len(own) == 2 + 2 * 4  # the direction, the last gradient, and what is remembered
+        count = 15 + WIDE + 1 + 17 + 2 * 3
+        with Largest() as largest:
+            heatopt.save(path, optimizer=optimizer)
+        assert 0 < largest.numel <= own[0].numel() <= count / comm.size + 64
+        manifest = json.loads((path / "manifest.json").read_text())["tensors"]
+        vectors = {name: entry["pieces"] for name, entry in manifest.items() if entry["shape"] == [count]}
+        assert len(vectors) == len(own)
+        for pieces in vectors.values():
+            written = [stop - start for rank, start, stop, _ in pieces if rank == comm.rank]
+            assert sum(written) == own[0].numel()
+            assert sum(stop - start for _, start, stop, _ in pieces) == pieces[-1][2] == count
+        again, other = history(comm, 1)
+        again.load_state_dict(module.state_dict())
+        read.pop(threading.get_ident(), None)
+        with Largest() as largest:
+            heatopt.load(path, optimizer=other)
+        assert largest.numel == own[0].numel()
+        # The same ranks: no piece has elements that are another's. Beside the vectors there are single numbers.
+        assert read[threading.get_ident()] <= sum(vector.nbytes for vector in own) + 100
+        for each, module_of in ((optimizer, module), (other, again)):
+            descend(comm, module_of, each)
+        assert_equal([again, other], [module, optimizer])
+        assert_ranks_equal(comm, module, optimizer)
+
+    ranks(body)
+
+
+@one_process
+@pytest.mark.parametrize("shape", [(), (1, 1), (5,)])
+def test_history_of_one_parameter(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Ranks without an element of it, and numbers whose shape is that of the parameter."""
+
+    def body(comm: Communicator) -> None:
+        pairs = []
+        for seed in (0, 1):
+            module = fill(torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(shape))]), seed)
+            plain = torch.optim.LBFGS(module.parameters())
+            pairs.append((module, heatopt.DataParallelOptimizer(plain, comm=comm, shard="state")))
+        (module, optimizer), (again, other) = pairs
+        descend(comm, module, optimizer)
+        heatopt.save(tmp_path / "checkpoint", model=module, optimizer=optimizer)
+        heatopt.load(tmp_path / "checkpoint", model=again, optimizer=other)
+        for each, module_of in ((optimizer, module), (other, again)):
+            descend(comm, module_of, each)
+        assert_equal([again, other], [module, optimizer])
+
+    ThreadWorld(3).run(body)
 
 
 # Around the states

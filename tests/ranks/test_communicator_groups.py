@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+import heatopt
 from heatopt.comm import Communicator, NodeGroups
 from heatopt.errors import RankMismatchError
 from tests.support.launch import LAUNCH
@@ -138,6 +143,50 @@ def test_close_leaves_the_parent_alone(ranks: Ranks) -> None:
         assert_usable(comm)
 
     ranks(body)
+
+
+@pytest.mark.parametrize("per_node", [None, 1, 2])
+def test_close_closes_what_optimizers_have_opened(
+    ranks: Ranks, per_node: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their channels, and groups of ranks across nodes; then nothing is left of them."""
+    if per_node is not None:
+        choose_nodes(monkeypatch, per_node)
+    opened: dict[int, list[Communicator]] = defaultdict(list)
+    closed: dict[int, list[Communicator]] = defaultdict(list)
+    known: list[weakref.ref[Communicator]] = []
+    make_group, close = Communicator._make_group, Communicator.close
+
+    def making(self: Communicator, groups: list[list[int]], what: str) -> Communicator:
+        opened[threading.get_ident()].append(make_group(self, groups, what))
+        return opened[threading.get_ident()][-1]
+
+    def closing(self: Communicator) -> None:
+        closed[threading.get_ident()].append(self)
+        close(self)
+
+    monkeypatch.setattr(Communicator, "_make_group", making)
+    monkeypatch.setattr(Communicator, "close", closing)
+
+    def body(comm: Communicator) -> None:
+        for _ in range(3):
+            group = comm.split(0)
+            layer = torch.nn.Linear(3, 2)
+            optimizer = heatopt.DataParallelOptimizer(torch.optim.Adam(layer.parameters()), comm=group, shard="state")
+            layer(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+            group.close()
+            own = opened.pop(threading.get_ident())
+            assert len(own) >= (2 if comm.size > 1 else 1)
+            assert set(map(id, own)) == set(map(id, closed.pop(threading.get_ident())))
+            known.extend(map(weakref.ref, own))
+        assert_usable(comm)
+
+    ranks(body)
+    # Not by threads at the same time, of which only one would do it. What a tensor has held is garbage a pass later.
+    for _ in range(3):
+        gc.collect()
+    assert [reference() for reference in known] == [None] * len(known)
 
 
 def choose_nodes(monkeypatch: pytest.MonkeyPatch, per_node: int) -> None:

@@ -91,8 +91,8 @@ def test_outer_optimizers_move_by_the_mean_of_those_that_train(ranks: Ranks) -> 
                 replica.update(step - 1)
         if step % PERIOD == 0:
             delta = minus(theta, mean(trained(everyone, step)))
-            velocity = plus(delta, velocity, 0.9)
-            theta = plus(theta, plus(delta, velocity, 0.9), -0.7)
+            velocity = plus(delta, velocity, 0.5)
+            theta = plus(theta, plus(delta, velocity, 0.5), -0.7)
             for replica in everyone:
                 replica.values = theta
     last = mean([r.values for r in everyone if batches_of(r.rank) > 9])

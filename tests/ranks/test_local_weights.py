@@ -166,9 +166,8 @@ def test_outer_momentum(ranks: Ranks, method: str) -> None:
             elif sent is not None:
                 u = plus([0.2 * v for v in u], sent, 0.5)
                 start = plus(start, u, -1.0)
-            if method == "SlowMo" or sent is not None:
-                for replica in expected:
-                    replica.values = start
+            for replica in expected:
+                replica.values = start
             sent = done
     compare(found, expected)
 

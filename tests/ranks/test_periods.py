@@ -141,8 +141,8 @@ def test_co2_uses_what_was_sent_a_period_before(ranks: Ranks, schedule: Schedule
             if sent is not None:
                 u = plus([0.2 * v for v in u], sent, 0.5)
                 start = plus(start, u, -1.0)
-                for replica in expected:
-                    replica.values = start
+            for replica in expected:
+                replica.values = start
             sent = done
     for (values, began), replica in zip(ranks(body, min_size=2), expected, strict=True):
         assert_close(values, replica.values, rtol=1e-12, atol=1e-12)
@@ -176,8 +176,8 @@ def test_streaming_diloco(ranks: Ranks, schedule: Schedule) -> None:
             part, average = flight.pop(step)
             for i in parts[part]:
                 delta = theta[i] - average[i]
-                velocity[i] = 0.9 * velocity[i] + delta
-                theta[i] = theta[i] - 0.7 * (delta + 0.9 * velocity[i])
+                velocity[i] = 0.5 * velocity[i] + delta
+                theta[i] = theta[i] - 0.7 * (delta + 0.5 * velocity[i])
                 for replica in expected:
                     values = replica.values
                     values[i] = 0.5 * theta[i] + 0.5 * values[i]

@@ -45,13 +45,19 @@ def kept_bytes(optimizer: Any) -> int:
     return sum(piece.nbytes for piece in optimizer._shards.kept().values())
 
 
+def kept_memory(optimizer: Any) -> int:
+    """Bytes of the flat tensors in which kept pieces lie, each counted once."""
+    storages = (bucket._kept_memory.untyped_storage() for bucket in optimizer._shards._buckets)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
+
+
 # What is kept, and what travels
 
 
 @pytest.mark.parametrize("blocking", [True, False])
 @pytest.mark.parametrize("bucket_mb", [0.01, 8.0])
 def test_memory(ranks: Ranks, blocking: bool, bucket_mb: float) -> None:
-    """Each rank keeps its share of the gradients, two buckets at most, and nothing in ``p.grad``."""
+    """Each rank keeps its share of the gradients, one bucket (two if not blocking), and nothing in ``p.grad``."""
 
     def body(comm: Communicator) -> None:
         owned = parameters()
@@ -64,7 +70,11 @@ def test_memory(ranks: Ranks, blocking: bool, bucket_mb: float) -> None:
         assert sum(comm.all_gather_object(kept_bytes(optimizer))) == whole
         largest = max(bucket_mb * 2**20, max(p.nbytes for p in owned))
         flags_and_padding = (4 * len(owned) + 64) * comm.size
-        assert optimizer.report()["bucket_bytes"] <= whole / comm.size + pieces + 2 * (largest + flags_and_padding)
+        memories = {memory.own.data_ptr(): memory.own.nbytes for memory in optimizer._gradients._plan.memories}
+        assert len(memories) == min(1 if blocking else 2, optimizer.report()["buckets"])
+        assert sum(memories.values()) <= len(memories) * (largest + flags_and_padding)
+        assert optimizer.report()["bucket_bytes"] == sum(memories.values()) + kept_memory(optimizer)
+        assert kept_memory(optimizer) <= whole / comm.size + pieces
         optimizer.step()
 
     ranks(body, min_size=2)

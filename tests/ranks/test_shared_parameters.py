@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator, ThreadWorld
+from heatopt.comm._group import RankGroup
 from tests.ranks._sharding import train_scaled
 from tests.ranks.test_exactness import make_net
 from tests.support import parity
@@ -632,14 +634,15 @@ def test_nobody_goes_on_before_a_slow_writer_of_another_node(size: int) -> None:
 
 
 def test_a_rank_that_fails_in_its_update(ranks: Ranks) -> None:
-    """The others are told; nobody waits for the time-out."""
+    """The others are told; nobody waits for the time-out, all ranks have the same, and they can go on."""
 
     def body(comm: Communicator) -> None:
         net = Net()
         last = comm.size - 1
+        fails = True
 
         def fail() -> None:
-            if comm.rank == last:
+            if fails and comm.rank == last:
                 raise MemoryError("no room for the moments")
 
         optimizer = DataParallelOptimizer(
@@ -649,6 +652,40 @@ def test_a_rank_that_fails_in_its_update(ranks: Ranks) -> None:
         kind = MemoryError if comm.rank == last else heatopt.errors.RankFailedError
         with pytest.raises(kind, match="no room" if comm.rank == last else f"rank {last} has failed"):
             optimizer.step()
+        parity.assert_ranks_equal(comm, list(net.parameters()))
+        fails = False
+        before = [parameter.detach().clone() for parameter in net.parameters()]
+        optimizer.step()
+        parity.assert_ranks_equal(comm, list(net.parameters()))
+        assert any(not torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
+
+    ranks(body, min_size=2, shared_memory=True)
+
+
+def test_meetings_of_a_step(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header, one before pieces are written, and one after, which tells of errors too: three exchanges."""
+    met: dict[int, list[str]] = {}
+    for name in ("exchange_words", "exchange_objects"):
+        exchange = getattr(RankGroup, name)
+
+        def recorded(self: Any, content: Any, what: str = "", exchange: Any = exchange) -> Any:
+            met.setdefault(threading.get_ident(), []).append(what)
+            return exchange(self, content, what)
+
+        monkeypatch.setattr(RankGroup, name, recorded)
+
+    def body(comm: Communicator) -> None:
+        net = Net()
+        optimizer = wrap(comm, net, blocking=True)
+        for _ in range(2):
+            set_gradients(net)
+            optimizer.synchronize()
+            met.pop(threading.get_ident(), None)
+            optimizer.step()
+        found = met[threading.get_ident()]
+        assert len(found) == 3
+        assert found[0].startswith("step()")
+        comm.barrier()
 
     ranks(body, min_size=2, shared_memory=True)
 

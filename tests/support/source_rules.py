@@ -62,7 +62,7 @@ GLOBALS = {
     ("heatopt.sync._tuning", "DEFAULT"): "a named tuple",
     ("heatopt.sharding._declaration", "_MANNERS"): "constant table: how each algorithm may be sharded",
     ("heatopt.optim._ownership", "_owners"): "weak: finds a second wrapper of the same parameter",
-    ("heatopt.sync._coordinator", "_CALL_NAMES"): "constant table: names for messages",
+    ("heatopt.sync._header", "_CALL_NAMES"): "constant table: names for messages",
     ("heatopt.sync._coordinator", "_registry"): "weak: optimizers of one communicator share a coordinator",
     ("heatopt.sync._coordinator", "_registry_lock"): "guards the registry: ranks may be threads",
 }

@@ -21,6 +21,8 @@ for package in ("rich", "sklearn", "matplotlib"):
 import _batches  # noqa: E402
 import _heat_daso  # noqa: E402
 import _methods  # noqa: E402
+import _pictures  # noqa: E402
+import _problems  # noqa: E402
 import compare_methods  # noqa: E402
 
 pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
@@ -28,15 +30,14 @@ pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="one process")
 
 def losses_of_one_process(steps: int) -> list[float]:
     """Those of plain AdamW with whole batches."""
-    torch.manual_seed(0)
-    problem = compare_methods.make_digits(world())
+    problem = _problems.make_digits(world(), seed=0)
     optimizer = torch.optim.AdamW(problem.model.parameters(), lr=problem.rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: compare_methods.learning_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _problems.learning_rate(step, steps))
     batches = _batches.GlobalBatches(len(problem.inputs), problem.batch, rank=0, size=1, seed=0).epoch(0)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = problem.loss(problem.model, next(batches))
+        loss = problem.batch_loss(problem.model, next(batches))
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -71,6 +72,41 @@ def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (tmp_path / "c" / "compare_digits.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pretraining_is_the_beginning_of_exact_training(tmp_path: Path) -> None:
+    """Batches, learning rates and optimizer state go on, and all methods begin with the same bits."""
+    threads = torch.get_num_threads()
+    options = ["--tasks", "digits", "--seeds", "3", "--rates", "none", "--simulate", "--methods", "exact"]
+    lengths = {"whole": ["--pretrain", "0", "--steps", "50"], "rest": ["DiLoCo", "--pretrain", "20", "--steps", "30"]}
+    try:
+        for name, more in lengths.items():
+            compare_methods.main([*options, *more, "--out", str(tmp_path / name)])
+    finally:
+        torch.set_num_threads(threads)
+    [whole], [exact, diloco] = (
+        json.loads((tmp_path / name / "compare_methods.json").read_text())["results"] for name in lengths
+    )
+    assert exact["losses"] == pytest.approx(whole["losses"][20:], rel=1e-3)
+    assert exact["final_loss"] == pytest.approx(whole["final_loss"], rel=1e-3)
+    assert exact["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-3)
+    assert diloco["losses"][0] == exact["losses"][0]
+    assert diloco["losses"][1:] != exact["losses"][1:]
+
+
+def test_distances_of_means_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    common = {"rate": "none", "task": "t", "steps": 8, "pretrain": 4}
+    losses = {"exact": [(1.0, 4.0), (3.0, 4.0)], "other": [(1.5, 3.0), (2.6, 3.0)]}
+    results = [
+        {**common, "method": method, "seed": seed, "final_loss": trained, "held_out_loss": held_out}
+        for method, pairs in losses.items()
+        for seed, (trained, held_out) in enumerate(pairs)
+    ]
+    _pictures.show_seeds(results, "exact")
+    words = next(line for line in capsys.readouterr().out.splitlines() if "other" in line).replace("│", " ").split()
+    assert words == ["other", "1.5000", "2.6000", "+2.5", "%", "3.0000", "-25.0", "%"]
+    _pictures.show_seeds([r for r in results if r["seed"] == 0], "exact")
+    assert not capsys.readouterr().out
+
+
 def test_namespaces_need_root_and_their_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for tool in ("ip", "tc", "unshare", "mpirun"):
         (tmp_path / tool).touch(mode=0o755)
@@ -84,13 +120,16 @@ def test_namespaces_need_root_and_their_tools(monkeypatch: pytest.MonkeyPatch, t
     assert not (tmp_path / "x").exists()
 
 
-def test_too_few_steps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_updates(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         compare_methods.main(["--steps", "9"])
     assert "--steps must be at least 10, the number of epochs, got 9" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare_methods.main(["--epochs", "2"])
     assert "--epochs must be at least 3, got 2" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare_methods.main(["--pretrain", "-1"])
+    assert "--pretrain must be at least 0, got -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
