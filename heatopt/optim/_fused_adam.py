@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from operator import is_
 from typing import Any, NamedTuple
@@ -33,9 +33,19 @@ class _Places(NamedTuple):
 
 
 class _TakesStatesAlong(FlatStepper):
-    """Where parameters go, to another dtype or device, their states follow."""
+    """Where parameters go, to another dtype or device, their states follow.
+
+    Args:
+        optimizer: of Adam.
+        check: raises if they cannot; a method of the object that keeps this one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, check: Callable[[], None]) -> None:
+        super().__init__(optimizer)
+        self._check: Any = weakref.WeakMethod(check)  # or they would be a cycle, and outlive their last user
 
     def _before_moving(self) -> None:
+        self._check()()
         for parameter, state in self._optimizer.state.items():
             state.update({key: state[key].to(parameter) for key in _AVERAGES & state.keys()})
 
@@ -93,14 +103,11 @@ class FusedAdam(DataParallelOptimizer):
 
     def _assemble(self, torch_optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         super()._assemble(torch_optimizer, *arguments)
-        self._stepper = _TakesStatesAlong(torch_optimizer)
+        self._stepper = _TakesStatesAlong(torch_optimizer, self._check_parameters)
 
     def step(self, closure: Closure | None = None, *, weight: float | None = None) -> Any:
-        parameters = self._parameters()
-        self._check_groups(parameters)
-        if not self._same_kind(parameters):
-            self._check_shapes(parameters)
-            self._same_kind = SameKind(parameters)
+        if self._comm.size > 1:
+            self._check_parameters()  # before gradients travel; one process checks when something has changed
         if not self._places.hold():
             self._check_module()
         return super().step(closure, weight=weight)
@@ -112,6 +119,14 @@ class FusedAdam(DataParallelOptimizer):
         self._known = self._parameters()
         if self._model is not None and self._model() is not None:
             self._places = self._find_places(self._model())
+
+    def _check_parameters(self) -> None:
+        """Raise ValueError if somebody has changed the groups, or shapes of parameters."""
+        parameters = self._parameters()
+        self._check_groups(parameters)
+        if not self._same_kind(parameters):
+            self._check_shapes(parameters)
+            self._same_kind = SameKind(parameters)
 
     def _check_groups(self, parameters: Sequence[Any]) -> None:
         """Raise ValueError unless the groups hold the very parameters that ranks have agreed on."""
