@@ -27,7 +27,8 @@ class DetectMetricPlateau:
         cooldown: epochs after a plateau that are not counted.
 
     Raises:
-        ValueError: an unknown mode.
+        TypeError: a number of epochs that is not an integer.
+        ValueError: an unknown mode, or a negative number.
     """
 
     def __init__(
@@ -43,6 +44,13 @@ class DetectMetricPlateau:
             raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
         if threshold_mode not in ("rel", "abs"):
             raise ValueError(f"threshold_mode must be 'rel' or 'abs', got {threshold_mode!r}")
+        for name, epochs in (("patience", patience), ("cooldown", cooldown)):
+            if not isinstance(epochs, int) or isinstance(epochs, bool):
+                raise TypeError(f"{name} must be an integer, at least 0, got {epochs!r}")
+            if epochs < 0:
+                raise ValueError(f"{name} must be at least 0, got {epochs}")
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}")
         self.mode = mode
         self.patience = patience
         self.threshold = threshold

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from heatopt.comm import world
+from heatopt.errors import HeatoptError
 from heatopt.local import LocalEngine, LocalSettings, OuterFactory, Subject, SyncPlan, made_by
 from heatopt.optim._arguments import parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
@@ -338,7 +339,16 @@ class LocalOptimizer(LocalSteps):
         return duplicate
 
     def _restore(self, state: dict[str, Any], place: Place) -> None:
-        """Become the copy that ``state`` describes. Collective in phases in which a group averages gradients."""
+        """Become the copy that ``state`` describes. Collective in phases in which a group averages gradients.
+
+        Raises:
+            HeatoptError: one process has made the copy of a method with an outer optimizer, and now there are several.
+        """
+        if place.comm.size > 1 and state["outer"] is None and state["outer alone"] is not None:
+            raise HeatoptError(
+                f"this copy of {type(self).__name__} comes from a single process, which had no anchors for its outer "
+                f"optimizer, and here are {place.comm.size}: make a new optimizer, and load its state_dict()"
+            )
         optimizer = optimizer_from_contents(*state["torch_optimizer"])
         if state["state_dict"] is not None:
             optimizer.state = defaultdict(dict)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import heatopt
+from heatopt.comm import SingleCommunicator
+from heatopt.errors import HeatoptError
 from tests.ranks._training import (
     ALGORITHMS,
     Algorithm,
@@ -241,6 +243,18 @@ def test_pickled_copies(ranks: Ranks) -> None:
         its_optimizer.synchronize()
         with pytest.raises(TypeError, match="communicators belong to their process"):
             pickle.dumps(make(METHODS["DASO"], comm, net()))
+
+    ranks(body)
+
+
+def test_a_copy_of_a_single_process_has_no_anchors_for_several(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        alone = pickle.dumps(make(METHODS["DiLoCo"], SingleCommunicator(), net()))
+        if heatopt.world().size == 1:  # also where ranks are threads
+            pickle.loads(alone)
+            return
+        with pytest.raises(HeatoptError, match=r"DiLoCo comes from a single process, .*: make a new optimizer, and"):
+            pickle.loads(alone)
 
     ranks(body)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -389,7 +390,19 @@ def test_plateau_goes_on_from_its_state() -> None:
     assert (second.best, second.num_bad_epochs) == (math.inf, 0)
 
 
-@pytest.mark.parametrize("keywords", [{"mode": "least"}, {"threshold_mode": "relative"}])
-def test_plateau_refuses_unknown_modes(keywords: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        heatopt.DetectMetricPlateau(**keywords)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"mode": "least"}, ValueError),
+        ({"threshold_mode": "relative"}, ValueError),
+        ({"threshold": -0.1}, ValueError),
+        ({"threshold": math.nan}, ValueError),
+        ({"patience": -1}, ValueError),
+        ({"cooldown": -1}, ValueError),
+        ({"patience": 1.5}, TypeError),
+        ({"cooldown": True}, TypeError),
+    ],
+)
+def test_plateau_refuses_what_makes_no_sense(keywords: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"{next(iter(keywords))} must be"):
+        heatopt.DetectMetricPlateau(**keywords)
