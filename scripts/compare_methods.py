@@ -28,7 +28,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from statistics import fmean
@@ -45,12 +45,8 @@ import heatopt
 from heatopt.comm import Communicator, Passage, SimulatedCommunicator, SimulatedWorld, VirtualNetwork
 
 NODES, SLOTS = 2, 2
+_FEWEST_EPOCHS = 3  # one each to warm up, between, and to cool down
 RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "none": 5e9}
-
-
-def phases(options: argparse.Namespace) -> Epochs:
-    """How a run is cut."""
-    return Epochs(total=options.epochs, warmup=1, cooldown=1)
 
 
 @dataclass(frozen=True)
@@ -70,8 +66,8 @@ class Length:
     def of(cls, problem: Problem, options: argparse.Namespace) -> Length:
         """As the command line says."""
         before = problem.pretrain if options.pretrain is None else options.pretrain
-        epoch = (options.steps or problem.steps) // options.epochs
-        return cls(before, epoch * options.epochs, epoch, phases(options))
+        epochs = max(_FEWEST_EPOCHS, (options.steps or problem.steps) // options.epoch)
+        return cls(before, epochs * options.epoch, options.epoch, Epochs(total=epochs, warmup=1, cooldown=1))
 
     def learning_rate(self, step: int) -> float:
         """Over the largest one, at an update of the comparison, counted from 0."""
@@ -202,7 +198,7 @@ def launch(options: argparse.Namespace, rate: str) -> list[dict[str, Any]]:
         out = Path(folder, "runs.json")
         lists = [
             *("--tasks", *options.tasks, "--methods", *options.methods),
-            *("--seeds", *map(str, options.seeds), "--epochs", str(options.epochs)),
+            *("--seeds", *map(str, options.seeds), "--epoch", str(options.epoch)),
             *(() if options.steps is None else ("--steps", str(options.steps))),
             *(() if options.pretrain is None else ("--pretrain", str(options.pretrain))),
         ]
@@ -258,17 +254,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="updates of each run (default: 800 of digits, 400 of text)")
     parser.add_argument("--pretrain", type=int, help="updates before that (default: 0 of digits, 400 of text)")
     parser.add_argument(
-        "--epochs", type=int, default=10, help="for methods with phases; one to warm up, one to cool down"
+        "--epoch",
+        type=int,
+        default=40,
+        help="updates of one, for methods with phases (default %(default)s): the first warms up, the last cools down",
     )
     parser.add_argument("--simulate", action="store_true", help="in the simulator, with the computation times declared")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder (default %(default)s)")
     parser.add_argument("--join", nargs="+", type=Path, default=[], help="show these earlier results together instead")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.epochs < 3:
-        parser.error(f"--epochs must be at least 3, got {options.epochs}")
-    if options.steps is not None and options.steps < options.epochs:
-        parser.error(f"--steps must be at least {options.epochs}, the number of epochs, got {options.steps}")
+    if options.epoch < 1:
+        parser.error(f"--epoch must be at least 1, got {options.epoch}")
+    if options.steps is not None and options.steps < _FEWEST_EPOCHS * options.epoch:
+        parser.error(f"--steps must be at least {_FEWEST_EPOCHS} times --epoch, {options.epoch}, got {options.steps}")
     if options.pretrain is not None and options.pretrain < 0:
         parser.error(f"--pretrain must be at least 0, got {options.pretrain}")
     return options
@@ -283,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse_without_namespaces()
     described = setting(heatopt.comm.SingleCommunicator())
     described |= {"ranks": NODES * SLOTS, "nodes": NODES, "simulated": options.simulate}
-    described["epochs"] = asdict(phases(options))
+    described["epoch"] = options.epoch
     results = []
     for path in options.join:
         kept = json.loads(path.read_text())

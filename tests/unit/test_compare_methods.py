@@ -48,7 +48,7 @@ def losses_of_one_process(steps: int) -> list[float]:
 def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Losses of one process, bytes as the formulas say, the same results again, and the same table of earlier ones."""
     threads = torch.get_num_threads()
-    options = ["--tasks", "digits", "--seeds", "0", "--rates", "100mbit", "--steps", "50", "--simulate"]
+    options = ["--tasks", "digits", "--seeds", "0", "--rates", "100mbit", "--steps", "50", "--epoch", "5", "--simulate"]
     try:
         for folder in ("a", "b"):
             methods = ["exact", "DiLoCo", "DASO", "Heat's DASO"]
@@ -75,11 +75,12 @@ def test_simulated_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_pretraining_is_the_beginning_of_exact_training(tmp_path: Path) -> None:
     """Batches, learning rates and optimizer state go on, and all methods begin with the same bits."""
     threads = torch.get_num_threads()
-    options = ["--tasks", "digits", "--seeds", "3", "--rates", "none", "--simulate", "--methods", "exact"]
-    lengths = {"whole": ["--pretrain", "0", "--steps", "50"], "rest": ["DiLoCo", "--pretrain", "20", "--steps", "30"]}
+    options = ["--tasks", "digits", "--seeds", "3", "--rates", "none", "--simulate", "--epoch", "10"]
+    lengths = {"whole": (0, 50, ["exact"]), "rest": (20, 30, ["exact", "DiLoCo"])}
     try:
-        for name, more in lengths.items():
-            compare_methods.main([*options, *more, "--out", str(tmp_path / name)])
+        for name, (before, steps, methods) in lengths.items():
+            length = ["--pretrain", str(before), "--steps", str(steps)]
+            compare_methods.main([*options, *length, "--methods", *methods, "--out", str(tmp_path / name)])
     finally:
         torch.set_num_threads(threads)
     [whole], [exact, diloco] = (
@@ -122,11 +123,11 @@ def test_namespaces_need_root_and_their_tools(monkeypatch: pytest.MonkeyPatch, t
 
 def test_too_few_updates(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        compare_methods.main(["--steps", "9"])
-    assert "--steps must be at least 10, the number of epochs, got 9" in capsys.readouterr().err
+        compare_methods.main(["--steps", "119"])
+    assert "--steps must be at least 3 times --epoch, 40, got 119" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        compare_methods.main(["--epochs", "2"])
-    assert "--epochs must be at least 3, got 2" in capsys.readouterr().err
+        compare_methods.main(["--epoch", "0"])
+    assert "--epoch must be at least 1, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         compare_methods.main(["--pretrain", "-1"])
     assert "--pretrain must be at least 0, got -1" in capsys.readouterr().err
