@@ -208,8 +208,8 @@ class LocalEngine:
             flight = self._flight.get(action.fragment)
             if flight and flight[0].parcel.due <= self.updates:  # synchronize() may have merged it already
                 self._merge(flight.popleft())
-            elif self.settings.merge == "restart" and self.outer is not None:
-                fragment = self._subject.among(self._fragments[action.fragment])
+            if self.settings.merge == "restart" and self.outer is not None:
+                fragment = self._subject.among(self._fragments[action.fragment])  # some may be new since the sending
                 self.outer.overwrite(fragment, self._subject.parameters())
         elif isinstance(action, GroupMean):
             average_over(self._nested[action.level], self._trained_parameters(), self.settings.chunk)

@@ -469,6 +469,33 @@ def test_frozen_parameters_do_not_travel_and_do_once_they_learn(ranks: Ranks) ->
     ranks(body)
 
 
+def test_co2_begins_a_period_at_the_anchor_with_parameters_that_were_not_sent_before(ranks: Ranks) -> None:
+    """What is on its way is without them."""
+
+    def body(comm: Communicator) -> Values:
+        model = net()
+        last = list(model.parameters())[-1].requires_grad_(False)
+        optimizer = heatopt.CO2(sgd(model), model=model, comm=comm, sync_every=2, gap=1.0, outer_momentum=0.0)
+        for step in range(8):
+            last.requires_grad_(step >= 2)
+            train(optimizer, model, [batch(step, comm.rank)])
+        return [p.detach() for p in model.parameters()]
+
+    expected = replicas(sgd, ranks.size)
+    start = expected[0].values
+    sent = zeros(start)
+    for step in range(8):
+        for replica in expected:
+            list(replica.model.parameters())[-1].requires_grad_(step >= 2)
+            replica.update(step)
+        if step % 2:
+            done = minus(mean([replica.values for replica in expected]), start)
+            start, sent = plus(start, sent), done
+            for replica in expected:
+                replica.values = start
+    compare(ranks(body, min_size=2), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex128])
 @pytest.mark.parametrize("method", [heatopt.LocalSGD, heatopt.DiLoCo], ids=["LocalSGD", "DiLoCo"])
 def test_dtypes_and_shapes(ranks: Ranks, dtype: torch.dtype, method: Method) -> None:
