@@ -142,7 +142,8 @@ class Cycle:
     Args:
         periods: what the user chose.
         keeps_all: a merge adds what other nodes have done, and takes nothing away; so it leaves the mean of all nodes
-            as it is, and one that comes right before the average at the end of an epoch is left out.
+            as it is, and one that comes right before the average at the end of an epoch is left out. An average is
+            merged before the next one is sent.
     """
 
     def __init__(self, periods: DasoPeriods, keeps_all: bool = False) -> None:
@@ -172,6 +173,8 @@ class Cycle:
 
     def _set_skips(self, skips: int, local: int, wait: int) -> None:
         """No number falls below 1 while nodes skip batches at all."""
+        if self._keeps_all:
+            wait = min(wait, skips)  # sent before the last one was merged, what divides nodes would be taken away twice
         self.global_skip = skips
         self.local_skip, self.batches_to_wait = (max(local, 1), max(wait, 1)) if skips else (0, 0)
 

@@ -43,7 +43,8 @@ class DASO(LocalOptimizer):
         \text{"delta":}\; x \leftarrow \frac1P \sum_i x^s_i + (x - x^s), \qquad
         \text{"daso":}\; x \leftarrow \frac{2 S x + \sum_i x^s_i}{2 S + P}
 
-    "daso" is the published formula, which keeps the part 2S / (2S + P) of what was done meanwhile; "delta" keeps all.
+    "daso" is the published formula, which keeps the part 2S / (2S + P) of what was done meanwhile; "delta" keeps all,
+    and S is at most B with it.
     Any number of ranks per node will do. Call :meth:`epoch_loss_logic` at the end of each epoch, on all ranks.
 
     Args:

@@ -270,6 +270,27 @@ def cycling_alone(comm: Communicator, model: nn.Module, local: int, skips: int, 
 
 
 @one_process
+@pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
+def test_nodes_that_differ_come_together_once(wire: torch.dtype) -> None:
+    """Sent anew before it is merged, the difference would be taken away twice, and would grow in the end."""
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        optimizer = daso(comm, model, warmup_epochs=0, downcast_type=wire)
+        optimizer._cycle._set_skips(2, 1, 3)
+        optimizer.param_groups[0]["lr"] = 0.0
+        start = tensors_of(net())
+        train(optimizer, model, [batch(0, comm.rank)])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(comm.rank - 1.0)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(8)])
+        assert_close(tensors_of(model), start, rtol=0, atol=1e-12)
+
+    world(3, 1).run(body)
+
+
+@one_process
 @pytest.mark.parametrize(("local", "skips", "wait"), [(2, 8, 2), (3, 4, 1)])
 def test_ranks_of_a_node_train_alone_between_local_averages(local: int, skips: int, wait: int) -> None:
     """Two nodes of two ranks, each rank with a momentum of its own, against the formulas."""

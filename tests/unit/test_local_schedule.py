@@ -279,6 +279,13 @@ def test_no_number_falls_below_one() -> None:
     assert {min(found) for found in trace(cycle, 36)} == {1}
 
 
+@pytest.mark.parametrize("keeps_all", [True, False])
+def test_what_keeps_all_is_merged_before_more_is_sent(keeps_all: bool) -> None:
+    cycle = Cycle(periods(warmup_epochs=0, skip_reduction_factor=4, local_skip_factor=2), keeps_all)
+    falling = [(8, 4, 4), (2, 1, 2), (1, 1, 1)] if keeps_all else [(8, 4, 4), (2, 1, 3), (1, 1, 2)]
+    assert trace(cycle, 24)[7:23:3] == [*falling, *falling]
+
+
 def test_cycle_goes_on_from_its_state() -> None:
     first, second = Cycle(periods()), Cycle(periods())
     trace(first, 9)
