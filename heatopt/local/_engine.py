@@ -261,6 +261,9 @@ class LocalEngine:
     def _send(self, action: Send) -> None:
         assert self._replicas is not None
         self._unite()  # a delegate speaks for its replica
+        flight = self._flight.setdefault(action.fragment, deque())
+        while flight and not (action.delay and self.settings.overlaps):
+            self._merge(flight.popleft())  # it was sent by another plan, of other settings or another last batch
         indices = self._subject.among(self._fragments[action.fragment])
         kind = kind_of(action, self.settings, self.outer)
         parameters = self._subject.parameters()
@@ -284,7 +287,7 @@ class LocalEngine:
             values = self.outer.differences(indices, values, self.settings.wire_dtype, self.settings.error_feedback)
         weight = self._replicas.weight(self._shares)
         average = DelayedAverage.begin(parcel, values, self._replicas, self.settings.chunk, weight)
-        self._flight.setdefault(action.fragment, deque()).append(average)
+        flight.append(average)
 
     def _merge(self, average: DelayedAverage) -> None:
         parcel = average.parcel

@@ -43,6 +43,11 @@ class LocalSettings:
     timeout: float | None = None
     """Seconds; None: the communicator's."""
 
+    @property
+    def overlaps(self) -> bool:
+        """What is sent may be on its way together with what was sent before."""
+        return self.merge in ("daso", "restart")
+
     def printable(self) -> tuple[tuple[str, str], ...]:
         """What all ranks must agree on."""
         own = [(f.name, repr(getattr(self, f.name))) for f in dataclasses.fields(self) if f.name not in _NOT_COMPARED]

@@ -479,6 +479,21 @@ def test_an_epoch_may_be_shorter_or_longer(ranks: Ranks, batches: int) -> None:
     ranks(body)
 
 
+@one_process
+def test_the_last_batch_may_be_told_while_averages_are_on_their_way() -> None:
+    def body(comm: Communicator) -> None:
+        model = net()
+        optimizer = cycling_alone(comm, model, local=1, skips=4, wait=2, last=9)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(5)])
+        optimizer.last_batch = 5
+        train(optimizer, model, [batch(5, comm.rank)])
+        assert_ranks_equal(comm, model)
+        optimizer.epoch_loss_logic(1.0)
+        assert_ranks_equal(comm, model)
+
+    world(3, 1).run(body)
+
+
 def test_ranks_with_other_numbers_of_batches_are_named() -> None:
     def body(comm: Communicator) -> str:
         model = net()

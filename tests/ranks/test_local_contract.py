@@ -366,6 +366,52 @@ def test_a_plain_optimizer_loads_it_and_it_loads_a_plain_one(ranks: Ranks, metho
     ranks(body)
 
 
+@pytest.mark.parametrize("delay", [0, 1])
+def test_resumed_with_a_shorter_delay_no_average_is_late(ranks: Ranks, delay: int) -> None:
+    def body(comm: Communicator) -> None:
+        model, resumed = net(), net()
+        optimizer = heatopt.LocalSGD(sgd(model), comm=comm, sync_every=4, delay=3)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(4)])
+        its_optimizer = heatopt.LocalSGD(sgd(resumed), comm=comm, sync_every=4, delay=delay)
+        resumed.load_state_dict(model.state_dict())
+        its_optimizer.load_state_dict(optimizer.state_dict())
+        train(its_optimizer, resumed, [batch(step, comm.rank) for step in range(4, 12 + delay)])
+        assert its_optimizer.state_dict()["local"]["flight"] == []
+        if delay == 0:
+            assert_ranks_equal(comm, resumed)
+
+    ranks(body)
+
+
+FOREIGN: dict[str, tuple[Make, Make, int]] = {
+    "differences without an anchor": (METHODS["Streaming"], METHODS["LocalSGD"], 3),
+    "a fragment that is not there": (METHODS["Streaming"], METHODS["DiLoCo"], 5),
+    "ranks apart, and no anchor": (METHODS["post-local"], METHODS["DiLoCo"], 5),
+}
+
+
+@pytest.mark.parametrize(("method", "other", "saved_after"), FOREIGN.values(), ids=FOREIGN)
+def test_what_another_method_has_begun_it_must_end(ranks: Ranks, method: Make, other: Make, saved_after: int) -> None:
+    def body(comm: Communicator) -> None:
+        model, resumed = net(), net()
+        optimizer = make(method, comm, model)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(saved_after)])
+        its_optimizer = make(other, comm, resumed)
+        before = copy.deepcopy(its_optimizer.state_dict())
+        if comm.size > 1:
+            with pytest.raises(ValueError, match=r"call synchronize\(\) before state_dict\(\)"):
+                its_optimizer.load_state_dict(optimizer.state_dict())
+            assert_equal(its_optimizer.state_dict(), before)
+        optimizer.synchronize()
+        resumed.load_state_dict(model.state_dict())
+        its_optimizer.load_state_dict(optimizer.state_dict())
+        train(its_optimizer, resumed, [batch(step, comm.rank) for step in range(saved_after, 12)])
+        its_optimizer.synchronize()
+        assert_ranks_equal(comm, resumed)
+
+    ranks(body)
+
+
 def shared_path(comm: Communicator, tmp_path: Path, name: str) -> Path:
     return Path(comm.broadcast_object(str(tmp_path))) / name
 
