@@ -93,7 +93,6 @@ class LocalEngine:
         needs_anchor = outer is not None or settings.wire_dtype is not None
         self.outer = Outer(subject.groups, outer) if needs_anchor and comm.size > 1 else None
         """The anchor; None where plain averages of values need none."""
-        self._anchored = False  # the anchor has been taken
         self._flight: dict[int, deque[DelayedAverage]] = {}
         self._coordinator: Coordinator | None = None
         self._replicas: Replicas | None = None
@@ -173,9 +172,8 @@ class LocalEngine:
         self.attach()
         self._subject.note_trained()
         self._apart |= plan.alone
-        if self.outer is not None and not self._anchored and not plan.exact:
+        if self.outer is not None and not self.outer.anchored and not plan.exact:
             self.outer.capture(self._subject.parameters())  # equal on all ranks, as they are until ranks train alone
-            self._anchored = True
 
     def note_update(self, word: float) -> None:
         """An update has been made; see :meth:`Samples.note`."""
@@ -236,7 +234,7 @@ class LocalEngine:
         idle = [row.payload if call is Call.SYNCHRONIZE else 0.0 for row in rows]
         shares = [shares_of([found[n] for found in words], idle) for n in range(self.settings.fragments)]
         parameters, trained = self._subject.parameters(), sorted(self._subject.trained)
-        restarted = self.outer if self.settings.merge == "restart" and self._anchored else None
+        restarted = self.outer if self.settings.merge == "restart" and self.outer and self.outer.anchored else None
         unsent = restarted.progress(trained, [parameters[index] for index in trained]) if restarted else ()
         for _, flight in sorted(self._flight.items()):
             while flight:
@@ -347,8 +345,7 @@ class LocalEngine:
 
         Waits for what is on its way. Collective where a replica has several ranks.
         """
-        outer = self.outer
-        anchored = outer is not None and self._anchored
+        outer = {} if self.outer is None else self.outer.state_dict()
         return {
             "ranks": self._comm.size,
             "updates": self.updates,
@@ -358,10 +355,8 @@ class LocalEngine:
             "sent_after": self.sent_after,
             # In a checkpoint numbers that differ between ranks are tensors.
             "samples": torch.tensor(self._samples.words, dtype=torch.float64),
-            "anchors": [a.clone() for a in outer.anchors] if outer is not None and anchored else None,
-            "outer": outer.optimizer.state_dict() if outer is not None and outer.optimizer is not None else None,
-            "residuals": {index: r.clone() for index, r in outer.residuals.items()} if outer is not None else {},
             "flight": [average.state_dict() for _, flight in sorted(self._flight.items()) for average in flight],
+            **({"anchors": None, "outer": None, "residuals": {}} | outer),
         }
 
     @torch.no_grad()
@@ -385,14 +380,5 @@ class LocalEngine:
         parameters = self._subject.parameters()
         for saved in state.get("flight", ()) if self._comm.size > 1 else ():
             self._flight.setdefault(saved["fragment"], deque()).append(DelayedAverage.from_state(saved, parameters))
-        if self.outer is None:
-            return
-        self._anchored = state.get("anchors") is not None
-        self.outer.residuals = {}
-        if self._anchored:
-            self.outer.capture(state["anchors"])
-        if state["ranks"] == self._comm.size:
-            devices = [anchor.device for anchor in self.outer.anchors]
-            self.outer.residuals = {i: r.to(devices[i], copy=True) for i, r in state["residuals"].items()}
-        if self.outer.optimizer is not None and state.get("outer") is not None:
-            self.outer.optimizer.load_state_dict(state["outer"])
+        if self.outer is not None:
+            self.outer.load_state_dict(state, parameters, state["ranks"] == self._comm.size)

@@ -96,6 +96,8 @@ class Outer:
         """One for each parameter."""
         self.residuals: dict[int, torch.Tensor] = {}
         """What rounding has kept back so far, by index of the parameter."""
+        self.anchored = False
+        """The anchors have been taken."""
         mirrored = [{"params": self._anchors_of(group)} for group in groups]
         self.optimizer = made_by(factory, mirrored)
         """The outer optimizer; its parameters are the anchors."""
@@ -123,6 +125,7 @@ class Outer:
         """Take the parameters, which are equal on all ranks, as anchors: of their dtype, which may have changed."""
         for anchor, parameter in zip(self.anchors, parameters, strict=True):
             anchor.data = anchor_of(parameter)
+        self.anchored = True
 
     def overwrite(self, indices: Sequence[int], parameters: Sequence[torch.Tensor]) -> None:
         """Set ``parameters`` (all of them) of ``indices`` to their anchors."""
@@ -168,6 +171,33 @@ class Outer:
         self.optimizer.step()
         for index in indices:
             self.anchors[index].grad = None  # an anchor without a gradient keeps its place at the next step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all that changes."""
+        return {
+            "anchors": [anchor.clone() for anchor in self.anchors] if self.anchored else None,
+            "outer": None if self.optimizer is None else self.optimizer.state_dict(),
+            "residuals": {index: residual.clone() for index, residual in self.residuals.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], parameters: Sequence[torch.Tensor], same_ranks: bool) -> None:
+        """Go on from a state, with anchors of the devices and precision of ``parameters``.
+
+        Args:
+            state: what :meth:`state_dict` returned; without an entry that begins anew.
+            parameters: all, as they will be trained.
+            same_ranks: as many as saved it; otherwise residuals are dropped.
+        """
+        self.residuals, self.anchored = {}, False
+        if state.get("anchors") is not None:
+            self.capture(parameters)
+            for anchor, saved in zip(self.anchors, state["anchors"], strict=True):
+                anchor.copy_(saved)
+        if same_ranks:
+            self.residuals = {i: r.to(self.anchors[i].device, copy=True) for i, r in state["residuals"].items()}
+        if self.optimizer is not None and state.get("outer") is not None:
+            self.optimizer.load_state_dict(state["outer"])
 
 
 def anchor_of(parameter: torch.Tensor) -> torch.Tensor:

@@ -154,6 +154,20 @@ def test_a_model_that_is_converted_after_wrapping_has_anchors_of_its_precision(r
     assert_equal(ranks(lambda comm: body(comm, True))[-1], ranks(lambda comm: body(comm, False))[-1])
 
 
+def test_anchors_that_are_loaded_have_the_models_precision(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        model, wide = net(torch.float32), net(torch.float64)
+        optimizer = heatopt.DiLoCo(sgd(model), comm=comm, sync_every=2)
+        train(optimizer, model, [batch(step, comm.rank, dtype=torch.float32) for step in range(3)])
+        its_optimizer = heatopt.DiLoCo(sgd(wide), comm=comm, sync_every=2)
+        its_optimizer.load_state_dict(optimizer.state_dict())
+        anchors = its_optimizer.outer.param_groups[0]["params"]
+        assert [anchor.dtype for anchor in anchors] == [torch.float64] * len(anchors)
+        assert_equal([anchor.float() for anchor in anchors], optimizer.outer.param_groups[0]["params"])
+
+    ranks(body, min_size=2)
+
+
 @both
 def test_slowmo(ranks: Ranks, make: Make) -> None:
     rate = 0.1 if make is sgd else 0.01
