@@ -351,6 +351,7 @@ class LocalEngine:
             "updates": self.updates,
             "averages": self._turns,
             "trained": sorted(self._subject.trained),
+            "fragments": [list(indices) for indices in self._fragments],  # groups may have been added
             "apart": self._apart,
             "sent_after": self.sent_after,
             # In a checkpoint numbers that differ between ranks are tensors.
@@ -374,6 +375,8 @@ class LocalEngine:
         self.updates, self._turns = state["updates"], state["averages"]
         self._apart, self.sent_after = state.get("apart", False), state.get("sent_after", 0)
         self._subject.trained = set(state["trained"])
+        if len(state.get("fragments", ())) == len(self._fragments):
+            self._fragments = [list(indices) for indices in state["fragments"]]
         self._samples = Samples(self.settings.fragments + 1)
         if state["ranks"] == self._comm.size and len(state.get("samples", ())) == len(self._samples.words):
             self._samples.words = state["samples"].tolist()
