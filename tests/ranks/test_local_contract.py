@@ -293,6 +293,36 @@ def test_added_groups_are_averaged_too(ranks: Ranks, method: Make) -> None:
     ranks(body)
 
 
+@pytest.mark.parametrize("how", ["copy", "load"])
+def test_fragments_stay_what_they_are_after_a_group_was_added(ranks: Ranks, how: str) -> None:
+    """It has joined the last one; cut anew, the parameters would be sent at other times."""
+
+    def body(comm: Communicator) -> None:
+        def made(*groups: list[nn.Parameter]) -> Any:
+            inner = torch.optim.SGD([{"params": group} for group in groups], lr=0.1)
+            return heatopt.DiLoCo(inner, comm=comm, sync_every=4, fragments=2, delay=1)
+
+        model = net()
+        first, *more = model.parameters()
+        optimizer = made([first, more.pop(0)])
+        optimizer.add_param_group({"params": more})
+        train(optimizer, model, [batch(step, comm.rank) for step in range(3)])
+        if how == "copy":
+            twin, its_optimizer = copy.deepcopy((model, optimizer))
+        else:
+            twin = copy.deepcopy(model)
+            its_optimizer = made(list(twin.parameters())[:2], list(twin.parameters())[2:])
+            twin.load_state_dict(model.state_dict())  # the construction has made ranks equal
+            its_optimizer.load_state_dict(_file(optimizer.state_dict()))
+        for step in range(3, 8):
+            train(optimizer, model, [batch(step, comm.rank)])
+        for step in range(3, 8):
+            train(its_optimizer, twin, [batch(step, comm.rank)])
+        assert_equal(twin, model)
+
+    ranks(body)
+
+
 @every_method
 def test_ranks_are_equal_after_construction_and_synchronize(ranks: Ranks, method: Make) -> None:
     def body(comm: Communicator) -> None:
