@@ -83,8 +83,7 @@ class LocalEngine:
         self._samples = Samples(settings.fragments + 1)  # since each fragment was sent; last, since ranks were united
         self._sending = 0  # the fragment that a header is about
         self._shares: tuple[float, ...] | None = None  # of all ranks in averages, on average 1; None: equal ones
-        self.sent_after = 0
-        """Number of the last update after which something was sent."""
+        self._sent_after = [0] * settings.fragments  # number of the update after which each fragment was sent last
         self.idle_since: int | None = None
         """Number of the last update before this rank ran out of batches; it only goes along with the others."""
         self.all_idle = False
@@ -217,22 +216,31 @@ class LocalEngine:
             assert self._coordinator is not None
             average_moments(self._coordinator.channel, self._subject, action.order, self.settings.chunk)
 
+    def _is_idle(self, fragment: int) -> float:
+        """1: this rank has no batches left, and has made no update since the fragment was sent."""
+        return float(self.idle_since is not None and self.idle_since <= self._sent_after[fragment])
+
     @torch.no_grad()
-    def synchronize(self, call: Call = Call.SYNCHRONIZE, payload: float = 0.0) -> list[Row]:
+    def synchronize(self, call: Call = Call.SYNCHRONIZE, payload: float | None = None) -> list[Row]:
         """Merge what is on its way and average all parameters, so that all ranks are equal. Collective.
+
+        Args:
+            call: what the others must be in.
+            payload: travels along, in another call.
 
         Returns:
             What all ranks announced with their call.
         """
         self._sending = 0
-        rows = self.meet(call, payload)
+        rows = self.meet(call, self._is_idle(0) if payload is None else payload)
         if self._coordinator is None:
             return rows
-        words = [[row.weight] for row in rows]
-        if self.settings.fragments > 1:
-            words = exchange_numbers(self._coordinator.channel, self._samples.words, "samples of each fragment")
-        idle = [row.payload if call is Call.SYNCHRONIZE else 0.0 for row in rows]
-        shares = [shares_of([found[n] for found in words], idle) for n in range(self.settings.fragments)]
+        found = [[row.weight, row.payload if payload is None else 0.0] for row in rows]
+        count = self.settings.fragments
+        if count > 1:
+            own = [number for n in range(count) for number in (self._samples.words[n], self._is_idle(n))]
+            found = exchange_numbers(self._coordinator.channel, own, "what is behind each fragment")
+        shares = [shares_of([f[2 * n] for f in found], [f[2 * n + 1] for f in found]) for n in range(count)]
         parameters, trained = self._subject.parameters(), sorted(self._subject.trained)
         restarted = self.outer if self.settings.merge == "restart" and self.outer and self.outer.anchored else None
         unsent = restarted.progress(trained, [parameters[index] for index in trained]) if restarted else ()
@@ -279,7 +287,7 @@ class LocalEngine:
         )
         self._turns += 1
         self._samples.take(action.fragment)
-        self.sent_after = self.updates
+        self._sent_after[action.fragment] = self.updates
         if kind is Kind.DELTA:
             assert self.outer is not None
             values = self.outer.differences(indices, values, self.settings.wire_dtype, self.settings.error_feedback)
@@ -353,7 +361,7 @@ class LocalEngine:
             "trained": sorted(self._subject.trained),
             "fragments": [list(indices) for indices in self._fragments],  # groups may have been added
             "apart": self._apart,
-            "sent_after": self.sent_after,
+            "sent_after": list(self._sent_after),
             # In a checkpoint numbers that differ between ranks are tensors.
             "samples": torch.tensor(self._samples.words, dtype=torch.float64),
             "flight": [average.state_dict() for _, flight in sorted(self._flight.items()) for average in flight],
@@ -373,10 +381,11 @@ class LocalEngine:
         self._flight = {}
         state = {"ranks": 0, "updates": 0, "averages": 0, "trained": [], **(state or {})}
         self.updates, self._turns = state["updates"], state["averages"]
-        self._apart, self.sent_after = state.get("apart", False), state.get("sent_after", 0)
+        self._apart, self._sent_after = state.get("apart", False), [0] * self.settings.fragments
         self._subject.trained = set(state["trained"])
         if len(state.get("fragments", ())) == len(self._fragments):
             self._fragments = [list(indices) for indices in state["fragments"]]
+            self._sent_after = list(state["sent_after"])
         self._samples = Samples(self.settings.fragments + 1)
         if state["ranks"] == self._comm.size and len(state.get("samples", ())) == len(self._samples.words):
             self._samples.words = state["samples"].tolist()

@@ -195,7 +195,8 @@ class LocalOptimizer(LocalSteps):
         A rank that leaves the context goes along with the others' averages until all have left: it takes what they
         merge, and counts for nothing in what they send, so means of parameters are over the ranks that have made an
         update in the period. Moments and buffers are averaged over all ranks. At the end what is on its way is merged,
-        and all ranks get the mean over those that have made an update since the last average (if none has: over all).
+        and all ranks get the mean over those that have made an update since the last average (if none has: over all),
+        of each fragment.
 
         Objects that are not the optimizer's (a scheduler's own counter, a GradScaler) are left alone; an outer
         optimizer's options, and the learning rate with :class:`SlowMo`, must stay equal on all ranks.
@@ -212,10 +213,9 @@ class LocalOptimizer(LocalSteps):
         try:
             while not engine.all_idle:
                 self.skip_update()
-            trained_since = engine.idle_since > engine.sent_after
+            engine.synchronize()
         finally:
             engine.idle_since = None
-        engine.synchronize(payload=0.0 if trained_since else 1.0)
 
     def _refuse_join(self) -> None:
         reasons = {

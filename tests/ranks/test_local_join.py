@@ -10,6 +10,7 @@ from torch import nn
 
 import heatopt
 from heatopt.comm import ThreadWorld
+from heatopt.local._fragments import cut
 from tests.ranks._local import Replica, Values, mean, minus, plus, replicas, zeros
 from tests.ranks._training import assert_close, assert_equal, assert_ranks_equal, batch, net, sgd, train
 
@@ -98,6 +99,32 @@ def test_outer_optimizers_move_by_the_mean_of_those_that_train(ranks: Ranks) -> 
     last = mean([r.values for r in everyone if batches_of(r.rank) > 9])
     for values in found:
         assert_close(values, last, rtol=1e-12, atol=1e-12)
+
+
+def test_the_end_counts_those_that_have_trained_since_each_fragment_was_sent(ranks: Ranks) -> None:
+    """Rank 0 stops after the first fragment's average, before the second one's."""
+
+    def body(comm: Communicator) -> Values:
+        model = net()
+        optimizer = heatopt.LocalSGD(sgd(model), comm=comm, sync_every=8, fragments=2)
+        with optimizer.join():
+            train(optimizer, model, [batch(step, comm.rank) for step in range(6 if comm.rank else 3)])
+        return [p.detach() for p in model.parameters()]
+
+    everyone = replicas(sgd, ranks.size)
+    first, second = cut([value.numel() for value in everyone[0].values], 2)
+    for step in range(1, 7):
+        for replica in everyone:
+            if step <= (6 if replica.rank else 3):
+                replica.update(step - 1)
+        if step == 4:
+            average = mean([replica.values for replica in everyone])
+            for replica in everyone:
+                replica.values = [average[i] if i in first else value for i, value in enumerate(replica.values)]
+    last, all_of_them = mean([r.values for r in everyone if r.rank]), mean([r.values for r in everyone])
+    for values in ranks(body, min_size=2):
+        assert_close([values[i] for i in first], [last[i] for i in first], rtol=1e-12, atol=1e-12)
+        assert_close([values[i] for i in second], [all_of_them[i] for i in second], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
