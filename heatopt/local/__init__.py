@@ -5,6 +5,7 @@ from __future__ import annotations
 from heatopt.local._cycle import Cycle, DasoPeriods, DetectMetricPlateau, Phase
 from heatopt.local._engine import LocalEngine
 from heatopt.local._outer import CO2Momentum, OuterFactory, SlowMomentum, made_by
+from heatopt.local._resume import check_state
 from heatopt.local._samples import PLAIN
 from heatopt.local._schedule import PeriodicSchedule, SyncPlan
 from heatopt.local._settings import LocalSettings
@@ -25,5 +26,6 @@ __all__ = [
     "SlowMomentum",
     "Subject",
     "SyncPlan",
+    "check_state",
     "made_by",
 ]

@@ -356,6 +356,7 @@ class LocalEngine:
         outer = {} if self.outer is None else self.outer.state_dict()
         return {
             "ranks": self._comm.size,
+            "merge": self.settings.merge,
             "updates": self.updates,
             "averages": self._turns,
             "trained": sorted(self._subject.trained),

@@ -12,7 +12,7 @@ import torch
 
 from heatopt.comm import world
 from heatopt.errors import HeatoptError
-from heatopt.local import LocalEngine, LocalSettings, OuterFactory, Subject, SyncPlan, made_by
+from heatopt.local import LocalEngine, LocalSettings, OuterFactory, Subject, SyncPlan, check_state, made_by
 from heatopt.optim._arguments import parameter_names, route_around_fused_sgd
 from heatopt.optim._clip import clip_gradients
 from heatopt.optim._copy import optimizer_contents, optimizer_from_contents
@@ -296,8 +296,10 @@ class LocalOptimizer(LocalSteps):
         return {**self._stepper.state_dict(), STATE_KEY: {**self._engine.state_dict(), **self._more()}}
 
     def _take_state(self, state_dict: dict[str, Any]) -> None:
-        self._stepper.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         own = state_dict.get(STATE_KEY)
+        if self._comm.size > 1:
+            check_state(own, self._settings, self._engine.outer is not None)
+        self._stepper.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         self._engine.load_state_dict(own)
         self._take_more(own or {})
         self._choose_stepper()
