@@ -207,12 +207,16 @@ class Communicator(RankGroup):
         self._closers.append(function)
 
     def close(self) -> None:
-        """Complete what is in flight and free the group's resources. Collective. Optimizers on it have ended then."""
+        """Complete what is in flight and free the group's resources. Collective. Again, it does nothing.
+
+        Optimizers on it have ended then: what is collective raises HeatoptError.
+        """
         while self._closers:
             self._closers.pop()()
         self._queue.drain()
         self._reducer.close()
         self._node = None
+        self._closed = True
 
     @abstractmethod
     def abort(self, message: str, code: int = 1) -> NoReturn:

@@ -20,7 +20,7 @@ from heatopt.comm._topology import Topology
 from heatopt.comm._transport import Transport
 from heatopt.comm._watchdog import Watchdog
 from heatopt.comm._work import Steps, Work, WorkQueue
-from heatopt.errors import RankFailedError, RankMismatchError
+from heatopt.errors import HeatoptError, RankFailedError, RankMismatchError
 
 __all__ = ["MAX_NODE_WORDS", "RankGroup", "Words"]
 
@@ -63,6 +63,7 @@ class RankGroup(Transport):
         self._topology = topology
         self._name = name
         self._members = tuple(range(self.size)) if members is None else members  # their ranks in the world
+        self._closed = False
         self._operations = 0  # started on this communicator, the same number on all its ranks
         self._watchdog = watchdog
         self._node: NodeMemory | None = None  # where headers go if all ranks share one memory
@@ -190,7 +191,16 @@ class RankGroup(Transport):
         return self._queue.launch(steps, partial(self._waiting, what, self._enter()), pumped)
 
     def _enter(self) -> int:
-        """An operation of this communicator starts; return its number, which is the same on all ranks."""
+        """An operation of this communicator starts; return its number, which is the same on all ranks.
+
+        Raises:
+            HeatoptError: the communicator has been closed.
+        """
+        if self._closed:
+            raise HeatoptError(
+                f"communicator {self._name} has been closed, by close() of it or of the one that it came from; "
+                "make a new one, and new optimizers on it"
+            )
         self._operations += 1
         if self._watchdog is not None:
             self._watchdog.enter(self._name, self._operations)

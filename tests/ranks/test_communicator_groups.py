@@ -9,14 +9,15 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import heatopt
 from heatopt.comm import Communicator, NodeGroups
-from heatopt.errors import RankMismatchError
+from heatopt.errors import HeatoptError, RankMismatchError
+from tests.ranks._training import batch, net, sgd, train
 from tests.support.launch import LAUNCH
 from tests.support.tensors import assert_usable
 
@@ -140,6 +141,28 @@ def test_close_leaves_the_parent_alone(ranks: Ranks) -> None:
         group.close()
         assert (tensor == comm.size).all()  # what was in flight is complete
         group.close()
+        assert_usable(comm)
+
+    ranks(body)
+
+
+def test_nothing_is_sent_on_what_was_closed(ranks: Ranks) -> None:
+    def body(comm: Communicator) -> None:
+        group = comm.split(0)
+        model = net()
+        optimizer = heatopt.LocalSGD(sgd(model), comm=group, sync_every=2)
+        train(optimizer, model, [batch(step, comm.rank) for step in range(2)])
+        group.close()
+        calls: list[Callable[[], Any]] = [
+            group.barrier,
+            lambda: group.split(0),
+            lambda: heatopt.LocalSGD(sgd(net()), comm=group),
+            optimizer.synchronize,
+            lambda: train(optimizer, model, [batch(step, comm.rank) for step in range(2, 4)]),
+        ]
+        for call in calls if comm.size > 1 else ():
+            with pytest.raises(HeatoptError, match="has been closed"):
+                call()
         assert_usable(comm)
 
     ranks(body)
