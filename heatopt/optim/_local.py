@@ -199,7 +199,7 @@ class LocalOptimizer(LocalSteps):
         of each fragment.
 
         Objects that are not the optimizer's (a scheduler's own counter, a GradScaler) are left alone; an outer
-        optimizer's options, and the learning rate with :class:`SlowMo`, must stay equal on all ranks.
+        optimizer's options, ``sync_every``, and the learning rate with :class:`SlowMo` must stay equal on all ranks.
 
         Raises:
             ValueError: replicas of several ranks, nested groups, or a warm-up that has not ended.
