@@ -12,8 +12,8 @@ import heatopt
 
 def main() -> None:
     comm = heatopt.world()
-    tensor = torch.ones(400_000, dtype=torch.bfloat16)
-    work = comm.allreduce_async(tensor)
+    tensor = torch.ones(400_000)
+    work = comm.allreduce_async(tensor, "max")  # by owners, in two stages
     if comm.rank == 1:
         os._exit(1)  # after its first stage; the second one never comes
     while not work.done():
