@@ -105,7 +105,19 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
         Returns:
             The loss, without its graph. The gradients are left in ``p.grad``, averaged where the step averages them.
+
+        Raises:
+            ValueError: ``var_list`` has a tensor that is no parameter of this optimizer.
         """
+        if var_list is not None:
+            var_list = [var_list] if isinstance(var_list, torch.Tensor) else list(var_list)
+            own = set(map(id, self._parameters()))
+            for position, variable in enumerate(var_list):
+                if id(variable) not in own:
+                    raise ValueError(
+                        f"var_list[{position}] is no parameter of this optimizer, which updates only its own: leave it "
+                        "out, or add it by add_param_group()"
+                    )
         self.zero_grad()
         torch.autograd.backward(loss, grad_loss, inputs=var_list)
         self.step()

@@ -145,3 +145,21 @@ def test_general_methods_take_numpy(ranks: Ranks) -> None:
         assert_equal(gradients(model), gradients(other))  # they are there to be looked at
 
     ranks(body)
+
+
+def test_minimize_knows_its_parameters(ranks: Ranks) -> None:
+    """A tensor of somebody else would collect gradients that nobody uses, and nobody clears."""
+
+    def body(comm: Communicator) -> None:
+        model, stranger = net(), torch.nn.Parameter(torch.ones(()))
+        optimizer = heatopt.DataParallelOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), comm=comm, model=model)
+        first, *others = model.parameters()
+        loss = loss_of(model, batch(0, comm.rank)) * stranger
+        with pytest.raises(ValueError, match=r"var_list\[1\] is no parameter of this optimizer"):
+            optimizer.minimize(loss, var_list=[first, stranger])
+        assert all(parameter.grad is None for parameter in (first, stranger))
+        optimizer.minimize(loss, var_list=iter([first]))
+        assert first.grad is not None
+        assert all(parameter.grad is None for parameter in others)
+
+    ranks(body)
