@@ -27,11 +27,11 @@ def check_integer(name: str, value: object, least: int) -> int:
         TypeError: not an integer.
         ValueError: a smaller one.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer >= {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return value
+    return int(value)  # NumPy's would not be loaded from a checkpoint with weights_only=True
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> float:

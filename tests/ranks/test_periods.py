@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -373,3 +374,14 @@ def test_the_optimizer_may_be_driven_through_the_wrapped_one(ranks: Ranks) -> No
         return [optimizer.sync_every]
 
     assert ranks(body, min_size=2)[-1] == [FALLING.value(6)]
+
+
+def test_whole_numbers_of_numpy(ranks: Ranks) -> None:
+    """At construction as in the groups; what a checkpoint has of them is plain."""
+
+    def body(comm: Communicator) -> None:
+        optimizer = heatopt.LocalSGD(sgd(net()), comm=comm, sync_every=np.int64(3), delay=np.int32(1))  # type: ignore[arg-type]
+        assert optimizer.sync_every == 3
+        assert type(optimizer.param_groups[0]["sync_every"]) is int
+
+    ranks(body)
