@@ -197,7 +197,7 @@ class FlatStepper:
             self._kinds = ()
         gradients: list[torch.Tensor | None] = list(map(_GRADIENT, layout.parameters))
         same_kind = bool(self._kinds) and self._same_kind(gradients)
-        kinds = self._kinds if same_kind else _kinds_of(gradients)
+        kinds = self._kinds if same_kind else _dtypes_of(gradients)
         fresh = kinds != self._kinds
         if fresh:
             self._kinds = kinds
@@ -325,7 +325,7 @@ class FlatStepper:
             self._update(others)
 
 
-def _kinds_of(gradients: Sequence[torch.Tensor | None]) -> list[object]:
+def _dtypes_of(gradients: Sequence[torch.Tensor | None]) -> list[object]:
     """The dtype of each gradient; False where it is sparse, None where there is none."""
     try:
         if list(map(_LAYOUT, gradients)).count(torch.strided) == len(gradients):

@@ -31,7 +31,7 @@ class Ownership:
     def elements(
         self, index: int, key: str, shape: torch.Size, parameter: torch.Tensor
     ) -> Sequence[tuple[int, int]] | None:
-        """First and end element that this rank holds of the state ``key``, of ``shape``; None if it holds nothing."""
+        """First and end elements that this rank holds of the state ``key``, of ``shape``; None if it holds nothing."""
         piece = self.pieces.get(index)
         if piece is None:
             return None
