@@ -95,7 +95,7 @@ def make_text(comm: Communicator, seed: int) -> Problem:
         (test_inputs[::stride], test_targets[::stride]),
         batch=8,
         pretrain=400,
-        steps=400,
+        steps=800,
         rate=1e-3,
         seconds=5e-3,
     )

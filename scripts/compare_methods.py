@@ -251,7 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="updates of each run (default: 800 of digits, 400 of text)")
+    parser.add_argument("--steps", type=int, help="updates of each run (default: 800)")
     parser.add_argument("--pretrain", type=int, help="updates before that (default: 0 of digits, 400 of text)")
     parser.add_argument(
         "--epoch",
