@@ -12,6 +12,9 @@ the network's own work, or with --elsewhere waits, as for an accelerator. For ea
     together       a step with both
     hidden         (communication + computation - together) / min(communication, computation): 1 is best
 
+The way "bare sockets" synchronises nothing: a thread for each direction moves the same bytes through TCP, from the
+beginning of the step on. What it cannot hide is the work of the system itself, on cores that are full.
+
 The bytes are those that the network interface has counted, per node and step, over 2 (n - 1) / n times the size of the
 gradients in single precision; for a local-update method (--methods) over what its period makes of that. One step of
 such a method is the mean over its period.
@@ -30,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from _bare_exchange import BareExchange
 from _measuring import interleave, open_gloo, write_json
 from _methods import EXACT, HEAT, METHODS, Epochs
 from rich.console import Console
@@ -125,6 +129,30 @@ class Way:
         """Sum of all parameters, in double precision."""
         return sum(p.detach().double().sum().item() for p in self.model.parameters())
 
+    def gradient_bytes(self) -> int:
+        """Of all parameters, in single precision."""
+        return sum(4 * p.numel() for p in self.model.parameters())
+
+    def close(self) -> None:
+        """Let go of what only this way needs."""
+
+
+class BareWay(Way):
+    """No synchronisation, while its bytes travel all the same: what this machine allows to hide."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, comm: Communicator) -> None:
+        super().__init__(model, model, optimizer)
+        self._exchange = BareExchange(comm, self.gradient_bytes())
+
+    def step(self, load: Load, repeats: int, batch: torch.Tensor) -> None:
+        """One step, and the bytes from its beginning on."""
+        self._exchange.start()
+        super().step(load, repeats, batch)
+        self._exchange.finish()
+
+    def close(self) -> None:
+        self._exchange.close()
+
 
 def make_ways(comm: Communicator, make_model: Callable[[], nn.Module], bucket_mb: float) -> dict[str, Way]:
     """All ways that this version of heatopt has, and its peer."""
@@ -151,6 +179,8 @@ def make_ways(comm: Communicator, make_model: Callable[[], nn.Module], bucket_mb
     model = make_model()
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     ways["DDP gloo"] = Way(model, parallel, sgd(model))
+    model = make_model()
+    ways["bare sockets"] = BareWay(model, sgd(model), comm)
     return ways
 
 
@@ -287,11 +317,13 @@ def main() -> None:
         results[name]["sent"] = None if sent is None else sent / ways[name].period
         results[name] |= {"period": ways[name].period, "share": ways[name].share}
         results[name]["checksum"] = ways[name].checksum()
-    gradient_bytes = sum(4 * p.numel() for p in ways[PLAIN].model.parameters())
+    gradient_bytes = ways[PLAIN].gradient_bytes()
     write_json(options.json, comm, {"gradient_bytes": gradient_bytes, "ways": results, "milliseconds": times})
     if comm.rank == 0:
         show(results, gradient_bytes, comm)
     comm.barrier()
+    for way in ways.values():
+        way.close()
     dist.destroy_process_group()
 
 
