@@ -46,7 +46,7 @@ class SimulatedWorld(ThreadWorld):
     Args:
         size: number of ranks.
         network: latency and bandwidth.
-        ranks_per_node: grouping into nodes; default: all on one (or ``HEATOPT_RANKS_PER_NODE``).
+        ranks_per_node: grouping into nodes, at least 1; default: ``HEATOPT_RANKS_PER_NODE``, or all on one.
         slow: how many times as long as others a rank computes, by rank.
         shared_memory: reduce buckets in the memory of a node, and across nodes slice by slice, as processes do.
         timeout: virtual seconds after which a waiting rank raises :class:`~heatopt.errors.CollectiveTimeoutError`.

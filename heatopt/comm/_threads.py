@@ -56,7 +56,7 @@ class ThreadWorld:
     Args:
         size: number of ranks.
         timeout: seconds after which a waiting rank raises :class:`~heatopt.errors.CollectiveTimeoutError`.
-        ranks_per_node: grouping into virtual nodes; default: all on one (or ``HEATOPT_RANKS_PER_NODE``).
+        ranks_per_node: grouping into virtual nodes, at least 1; default: ``HEATOPT_RANKS_PER_NODE``, or all on one.
         shared_memory: reduce buckets in memory that the ranks of a node share, as processes do; such operations are not
             among the events.
 
@@ -68,13 +68,12 @@ class ThreadWorld:
     def __init__(
         self, size: int, timeout: float = 30.0, *, ranks_per_node: int | None = None, shared_memory: bool = False
     ) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size must be an integer >= 1, got {size!r}")
+        _check_count("size", size)
         self.size = size
         self.timeout = timeout
         self.shared_memory = shared_memory
         self.events: list[Event] = []
-        self._topology = Topology.detect([rank // (ranks_per_node or size) for rank in range(size)])
+        self._topology = _virtual_nodes(size, ranks_per_node)
         self._changed = threading.Condition()
         self._deposits: dict[tuple[str, int], dict[int, _Deposit]] = {}
         self._takers: dict[tuple[str, int], int] = {}  # how many ranks have taken the deposits, which then go
@@ -168,6 +167,18 @@ class ThreadWorld:
                     f"rank {member} calls {deposit.kind} of {deposit.nbytes} bytes"
                 )
         return [deposit.value for deposit in deposits]
+
+
+def _check_count(name: str, count: object) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {count!r}")
+
+
+def _virtual_nodes(size: int, ranks_per_node: int | None) -> Topology:
+    if ranks_per_node is None:
+        return Topology.detect([0] * size)
+    _check_count("ranks_per_node", ranks_per_node)
+    return Topology.from_keys([rank // ranks_per_node for rank in range(size)])  # what a program asks for goes first
 
 
 class _ThreadRequest(Request):

@@ -295,6 +295,9 @@ def test_work_that_failed_between_stages_stays_failed() -> None:
 def test_thread_world_needs_a_number_of_ranks(size: object) -> None:
     with pytest.raises(ValueError, match="size must be an integer >= 1"):
         ThreadWorld(size)  # type: ignore[arg-type]
+    if size is not None:
+        with pytest.raises(ValueError, match="ranks_per_node must be an integer >= 1"):
+            ThreadWorld(2, ranks_per_node=size)  # type: ignore[arg-type]
 
 
 def test_thread_world_returns_results_by_rank() -> None:
@@ -438,12 +441,15 @@ def test_abort_of_a_thread_is_an_error() -> None:
         ThreadWorld(2).run(lambda comm: comm.abort("no more data", 3))
 
 
-def test_virtual_nodes() -> None:
+def test_virtual_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     def body(comm: Communicator) -> tuple[int, int, int]:
         return comm.node_index, comm.node_rank, comm.num_nodes
 
     assert ThreadWorld(3).run(body) == [(0, 0, 1), (0, 1, 1), (0, 2, 1)]
     assert ThreadWorld(3, ranks_per_node=2).run(body) == [(0, 0, 2), (0, 1, 2), (1, 0, 2)]
+    monkeypatch.setenv("HEATOPT_RANKS_PER_NODE", "1")
+    assert ThreadWorld(3).run(body) == [(0, 0, 3), (1, 0, 3), (2, 0, 3)]
+    assert ThreadWorld(3, ranks_per_node=2).run(body) == [(0, 0, 2), (0, 1, 2), (1, 0, 2)]  # whatever the environment
 
 
 def test_events_are_listed() -> None:
