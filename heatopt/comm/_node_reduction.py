@@ -97,7 +97,7 @@ class NodeReduction:
                 total = sum_in_first(parts)
                 yield Stage.EXCHANGE
                 yield from reduce_flat(
-                    self._across, total, "sum", options.divisor, options.blocking, options.wire_dtype
+                    self._across, total, "sum", options.divisor, options.blocking, _wire_dtype(memory, options)
                 )
                 spread(total, parts)
         yield Stage.FINISH
@@ -123,7 +123,7 @@ class NodeReduction:
             lengths = [sum(s.stop - s.start for s in node) for node in slices]
             yield Stage.EXCHANGE
             means = yield from reduce_scatter_parts(
-                self._across, torch.cat(sums), lengths, options.divisor, options.blocking, options.wire_dtype
+                self._across, torch.cat(sums), lengths, options.divisor, options.blocking, _wire_dtype(memory, options)
             )
             own = slices[self._index]
             parts = torch.split(means, [s.stop - s.start for s in own])
@@ -167,6 +167,12 @@ class NodeReduction:
                     for part, values in zip(node, found[: counts[index]].split(lengths), strict=True):
                         part.copy_(values.view(part.shape))
         yield self._node.arrive(Lane.FINISH)
+
+
+def _wire_dtype(memory: BucketMemory, options: ReduceOptions) -> torch.dtype | None:
+    """What a node's sums are rounded to: gradients that are as narrow as ``wire_dtype`` keep their range and digits."""
+    wire, own = options.wire_dtype, memory.own.dtype
+    return own if wire is not None and own.itemsize <= wire.itemsize else wire
 
 
 def _as_real(segment: torch.Tensor) -> torch.Tensor:

@@ -151,6 +151,34 @@ def test_wire_dtype_rounds_between_nodes_only(wire):
     assert all(torch.equal(a, b) for found in across for a, b in zip(found, across[0], strict=True))
 
 
+@one_process
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize(("own", "wire"), [(torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)])
+def test_gradients_of_the_other_half_type_keep_their_own(own, wire, scattered):
+    """Each node's sum is rounded to it; as wire_dtype it would overflow, or lose digits."""
+    numel, scale = 4099, 3e6 if own is torch.bfloat16 else 1
+
+    def gradient(rank):
+        return (values(rank, numel, torch.float32) * scale).to(own)
+
+    def body(comm):
+        memory = comm.allocate(numel, own, torch.device("cpu"))
+        memory.own.copy_(gradient(comm.rank))
+        options = ReduceOptions(1, True, wire_dtype=wire)
+        if not scattered:
+            comm.reduce_bucket(memory, options, "a test")
+            return memory.own.clone()
+        bounds = [0, 1000, 1001, 3000, numel]
+        comm.scatter_bucket(memory, bounds, options, "a test")
+        return memory.own[bounds[comm.rank] : bounds[comm.rank + 1]].clone()
+
+    found = ThreadWorld(4, ranks_per_node=2, shared_memory=True).run(body)
+    sums = [in_rank_order([gradient(rank) for rank in node], 1) for node in ((0, 1), (2, 3))]
+    expected = in_rank_order(sums, 1)
+    assert expected.isfinite().all()
+    assert torch.equal(torch.cat(found) if scattered else found[3], expected)
+
+
 def test_memory_is_freed_with_the_optimizer(ranks):
     """Nothing has to be closed: the mapping goes with the last tensor in it."""
 
