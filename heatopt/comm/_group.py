@@ -64,6 +64,7 @@ class RankGroup(Transport):
         self._name = name
         self._members = tuple(range(self.size)) if members is None else members  # their ranks in the world
         self._closed = False
+        self._interrupted = ""  # in which operation, if this rank has left one that the others go on with
         self._operations = 0  # started on this communicator, the same number on all its ranks
         self._watchdog = watchdog
         self._node: NodeMemory | None = None  # where headers go if all ranks share one memory
@@ -194,8 +195,13 @@ class RankGroup(Transport):
         """An operation of this communicator starts; return its number, which is the same on all ranks.
 
         Raises:
-            HeatoptError: the communicator has been closed.
+            HeatoptError: the communicator has been closed, or this rank was interrupted in an operation before.
         """
+        if self._interrupted:
+            raise HeatoptError(
+                f"rank {self.rank} was interrupted in {self._interrupted}, with which the other ranks have gone on, so "
+                "it has lost step with them; let the exception end the program"
+            )
         if self._closed:
             raise HeatoptError(
                 f"communicator {self._name} has been closed, by close() of it or of the one that it came from; "
@@ -209,15 +215,35 @@ class RankGroup(Transport):
     @contextmanager
     def _waiting(self, what: str, number: int) -> Iterator[None]:
         """Surround each wait, so that a watchdog can look at it from another thread."""
-        dog = self._watchdog
-        if dog is None:
-            yield
-            return
-        dog.begin(self._name, number, what, self._members, self.timeout)
+        try:
+            with self.in_step(what):
+                self._begin_wait(what, number)
+                yield
+        finally:
+            self._end_wait()
+
+    @contextmanager
+    def in_step(self, what: str) -> Iterator[None]:
+        """Surround what all ranks do together and only all of them can leave out.
+
+        Errors of this package meet all ranks. Any other exception, such as that of a signal's handler, is this rank's
+        own: whoever catches it finds the communicator unusable, rather than the wrong partner in the next operation.
+        """
         try:
             yield
-        finally:
-            dog.end()
+        except HeatoptError:
+            raise
+        except BaseException:
+            self._interrupted = what
+            raise
+
+    def _begin_wait(self, what: str, number: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.begin(self._name, number, what, self._members, self.timeout)
+
+    def _end_wait(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.end()
 
     # What a backend adds to the transport
 

@@ -6,8 +6,7 @@ import math
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -214,11 +213,9 @@ class ThreadCommunicator(Communicator):
         self._deadline, self._what = math.inf, ""  # of the current wait
         self._started: dict[str, int] = {}
 
-    @contextmanager
-    def _waiting(self, what: str, number: int) -> Iterator[None]:
+    def _begin_wait(self, what: str, number: int) -> None:
         # No watchdog looks at threads: whoever waits in shared memory meets its deadline in _has_left().
         self._deadline, self._what = time.monotonic() + self.timeout, what
-        yield
 
     def _has_left(self, rank: int) -> bool:
         if time.monotonic() >= self._deadline:

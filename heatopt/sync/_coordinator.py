@@ -109,7 +109,8 @@ class Coordinator:
             for, in which case all of them have been run here, in the order of their numbers.
         """
         row = Row(Call.BACKWARD, member.number, mask, member.plan_digest, 0, 0.0, member.weight_word)
-        return self._serve(self._exchange(row, what), member)
+        with self.channel.in_step(what):
+            return self._serve(self._exchange(row, what), member)
 
     def meet(self, call: Call, member: Member, what: str, options: int = 0, payload: float = 0.0) -> list[Row]:
         """Return the rows of all ranks once all of them are in the same call, with all gradients reduced.
@@ -117,15 +118,16 @@ class Coordinator:
         Raises:
             RankMismatchError: ranks are in different calls, or have different plans or options.
         """
-        while True:
-            mask = member.pending_mask()
-            row = Row(call, member.number, mask, member.plan_digest, options, payload, member.weight_word)
-            rows = self._exchange(row, what)
-            if any(r.call == Call.BACKWARD for r in rows):
-                self._serve(rows, None)
-                continue
-            self._settle(rows, member)
-            return rows
+        with self.channel.in_step(what):
+            while True:
+                mask = member.pending_mask()
+                row = Row(call, member.number, mask, member.plan_digest, options, payload, member.weight_word)
+                rows = self._exchange(row, what)
+                if any(r.call == Call.BACKWARD for r in rows):
+                    self._serve(rows, None)
+                    continue
+                self._settle(rows, member)
+                return rows
 
     def meet_together(self, call: Call, what: str) -> None:
         """Return once all ranks are in ``call``, which belongs to no optimizer. Gradients stay as they are.
@@ -154,21 +156,25 @@ class Coordinator:
         """
         self.serves = True
         try:
-            while True:
-                rows = self._exchange(Row(Call.JOIN, member.number, 0, member.plan_digest, 0, 0.0), what)
-                active = [r for r in rows if r.call != Call.JOIN]
-                if not active:
-                    self._require_one_member(rows)
-                    table = self.channel.exchange_words(np.array([self._trained_last], dtype=np.int64), what)
-                    return int(table[:, 0].argmax())
-                self._trained_last = False
-                if any(r.call == Call.BACKWARD for r in rows):
-                    self._serve(rows, None)
-                else:
-                    self._require_joined(active[0])
-                    self._settle(rows, self._member(active[0].member))
+            with self.channel.in_step(what):
+                return self._serve_until_all_join(member, what)
         finally:
             self.serves = False
+
+    def _serve_until_all_join(self, member: Member, what: str) -> int:
+        while True:
+            rows = self._exchange(Row(Call.JOIN, member.number, 0, member.plan_digest, 0, 0.0), what)
+            active = [r for r in rows if r.call != Call.JOIN]
+            if not active:
+                self._require_one_member(rows)
+                table = self.channel.exchange_words(np.array([self._trained_last], dtype=np.int64), what)
+                return int(table[:, 0].argmax())
+            self._trained_last = False
+            if any(r.call == Call.BACKWARD for r in rows):
+                self._serve(rows, None)
+            else:
+                self._require_joined(active[0])
+                self._settle(rows, self._member(active[0].member))
 
     def _require_joined(self, row: Row) -> None:
         """An update that this rank misses must be of an optimizer that it receives at the end of join()."""

@@ -344,12 +344,13 @@ class GradientSync(Gradients):
             if self._state is _State.LOCAL_BACKWARD:
                 self._backwards += 1
                 return
-            if self._state is _State.SYNC_BACKWARD:
-                self._open_round(ALL | (REPLAN if self._plan.unplanned else 0))
-            self._finish_round(ALL)
-            while late := self._plan.changed_mask():
-                self._open_round(late)
-                self._finish_round(late)
+            with self.channel().in_step("the end of backward()"):
+                if self._state is _State.SYNC_BACKWARD:
+                    self._open_round(ALL | (REPLAN if self._plan.unplanned else 0))
+                self._finish_round(ALL)
+                while late := self._plan.changed_mask():
+                    self._open_round(late)
+                    self._finish_round(late)
             self._backwards = 0
         finally:
             self._state = _State.IDLE

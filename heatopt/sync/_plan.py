@@ -165,6 +165,10 @@ class GradientPlan:
         Raises:
             RankMismatchError: the ranks' parameters differ.
         """
+        with channel.in_step(f"a new plan of {self._settings.algorithm}"):
+            return self._lay_out(channel, dense, sparse)
+
+    def _lay_out(self, channel: Communicator, dense: Iterable[int], sparse: Iterable[int]) -> int:
         # Sums in rank order across nodes leave that memory aside.
         self._through_node = channel.num_nodes == 1 or not self._settings.reproducible
         self.shards.make_whole(channel, self.parameters, self.weights.reduced_share)

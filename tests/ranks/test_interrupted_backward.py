@@ -1,7 +1,8 @@
-"""A backward that ends with an exception, which the user catches."""
+"""A backward that ends with an exception, be it of a hook or of a signal, which the user catches."""
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import nn
 
 import heatopt
-from heatopt.comm import ThreadWorld
+from heatopt.buckets import Bucket
+from heatopt.comm import ThreadWorld, _node_reduction
+from heatopt.comm._threads import ThreadCommunicator
 from tests.ranks._training import (
     TINY,
     adamw,
@@ -279,3 +282,50 @@ def test_broken_after_the_first_launch_on_one_rank(then: str) -> None:
     for rank in (0, 2):
         assert isinstance(seen[rank], heatopt.RankFailedError)
         assert "rank 1" in str(seen[rank])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "bucket_mb", "shared_memory"),
+    [
+        pytest.param(ThreadCommunicator, "_begin_wait", 1, 8, False, id="header"),
+        pytest.param(ThreadCommunicator, "_begin_wait", 2, 8, False, id="blocking"),
+        pytest.param(ThreadCommunicator, "_begin_wait", 2, TINY, True, id="non-blocking"),
+        pytest.param(_node_reduction, "sum_slice", 1, 8, True, id="sum"),
+        pytest.param(Bucket, "reveal", 1, 8, True, id="result"),
+    ],
+)
+def test_signal_while_ranks_are_together(
+    owner: Any, name: str, number: int, bucket_mb: float, shared_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever catches what the handler raises cannot go on: the others have gone on with the reduction."""
+    seen: dict[int, BaseException] = {}
+    function, calls = getattr(owner, name), iter(range(0))
+
+    def interrupted(*arguments: Any) -> Any:
+        if threading.current_thread().name == "rank1" and next(calls, 0) == number:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    def body(comm: Communicator) -> None:
+        nonlocal calls
+        model = net()
+        optimizer = wrap(comm, adamw, model, bucket_mb=bucket_mb, blocking=number == 1 or bucket_mb == 8)
+        train(optimizer, model, [batch(0, comm.rank)])
+        optimizer.zero_grad()
+        try:
+            if comm.rank == 1:
+                calls = iter(range(1, 100))
+                with pytest.raises(KeyboardInterrupt):
+                    loss_of(model, batch(1, comm.rank)).backward()
+            else:
+                loss_of(model, batch(1, comm.rank)).backward()
+            optimizer.step()
+        except Exception as error:
+            seen[comm.rank] = error
+            raise
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(heatopt.HeatoptError, match=r"rank 1 was interrupted in .*backward"):
+        ThreadWorld(3, timeout=10, shared_memory=shared_memory).run(body)
+    assert "rank 1" in str(seen[0])
+    assert "rank 1" in str(seen[2])
