@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from heatopt.comm._communicator import Communicator
 from heatopt.comm._mpi_defaults import set_mpi_defaults
@@ -111,7 +110,7 @@ def _open_torchrun() -> Communicator:
 
 def _open_mpi(launch: Launch) -> Communicator:
     if "mpi4py.MPI" not in sys.modules:  # MPI reads its settings when it starts
-        set_mpi_defaults(os.environ, Path.home())
+        set_mpi_defaults(os.environ)
     try:
         from mpi4py import MPI
     except ImportError as error:

@@ -5,6 +5,7 @@ Open MPI reads them from the environment; other MPIs ignore them. docs/environme
 
 from __future__ import annotations
 
+import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -20,18 +21,20 @@ MPI_DEFAULTS = (
 )
 
 
-def set_mpi_defaults(environ: MutableMapping[str, str], home: Path) -> list[str]:
+def set_mpi_defaults(environ: MutableMapping[str, str], home: Path | None = None) -> list[str]:
     """Add the settings to ``environ``, unless they, or the user's own file of settings, are there already.
 
     Args:
         environ: the environment, where ``mpirun --mca`` puts what it is given as well.
-        home: the user's folder, with Open MPI's ``.openmpi/mca-params.conf``.
+        home: the user's folder, with Open MPI's ``.openmpi/mca-params.conf``; default: that of this process's user.
 
     Returns:
         The variables that were set.
     """
     if not mpi_defaults_wanted():
         return []
+    if home is None:
+        home = Path(os.path.expanduser("~"))  # not Path.home(), which fails for a user without one, as in containers
     known = _names_in(home / ".openmpi" / "mca-params.conf")
     added = []
     for name, value in MPI_DEFAULTS:

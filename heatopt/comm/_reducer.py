@@ -36,6 +36,7 @@ class BucketReducer:
     def __init__(self) -> None:
         self._state = _State.UNDECIDED
         self._node: NodeReduction | None = None
+        self._has_warned = False
 
     def allocate(
         self, group: RankGroup, make_group: MakeGroup, numel: int, dtype: torch.dtype, device: torch.device
@@ -55,8 +56,17 @@ class BucketReducer:
             memory = self._node.allocate(numel, dtype)
             if memory is not None:
                 return memory
-            logger.warning("not enough memory to share: a bucket of %d bytes is private", numel * dtype.itemsize)
+            self._warn_once(numel * dtype.itemsize)
         return BucketMemory([torch.zeros(numel, dtype=dtype, device=device)], 0, False)
+
+    def _warn_once(self, nbytes: int) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "no memory to share for a bucket of %d bytes: it travels through the backend instead, as may others; "
+                "memory or file descriptors (ulimit -n; one for each bucket) are used up",
+                nbytes,
+            )
 
     def allocate_once(self, group: RankGroup, make_group: MakeGroup, nbytes: int) -> SharedBlock | None:
         """Memory that the ranks of each node have in common; None on all ranks if there is none. Collective."""

@@ -274,6 +274,27 @@ def test_falls_back_together_where_memory_cannot_be_shared(where, who, monkeypat
             assert torch.equal(tensor, in_rank_order([values(rank, numel, torch.float32) for rank in range(3)], 3))
 
 
+@one_process
+def test_buckets_for_which_memory_runs_out_are_private(monkeypatch, caplog):
+    """Each rank says so once, however many there are, and sums are what they are anyway."""
+    from heatopt.comm import _shared_memory
+
+    real, limit = _shared_memory._make_file, 90_000  # bytes: two of the buckets are larger
+    monkeypatch.setattr(_shared_memory, "_make_file", lambda size, mark: real(size, mark) if size < limit else None)
+
+    def body(comm):
+        memories = reduce_all(comm, torch.float64, ReduceOptions(comm.size, True))
+        assert {memory.shared for memory in memories} == {True, False}
+        return [memory.own.clone() for memory in memories]
+
+    with caplog.at_level("WARNING"):
+        found = ThreadWorld(3, shared_memory=True).run(body)
+    assert caplog.text.count("no memory to share") == 3
+    for tensors in found:
+        for tensor, numel in zip(tensors, SIZES, strict=True):
+            assert torch.equal(tensor, in_rank_order([values(rank, numel, torch.float64) for rank in range(3)], 3))
+
+
 def test_a_file_of_somebody_else_is_not_taken(monkeypatch, tmp_path):
     """Processes in different containers may see different things under one process number."""
     from heatopt.comm import _shared_memory

@@ -32,6 +32,19 @@ def test_the_file_of_the_user_wins(tmp_path: Path) -> None:
     assert environ == {name: value for name, value in ALL.items() if name != "OMPI_MCA_btl_tcp_links"}
 
 
+def test_user_without_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Containers often run as a number that nobody has, without HOME."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    environ: dict[str, str] = {}
+    assert set_mpi_defaults(environ) == list(ALL)
+
+
 def test_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEATOPT_MPI_DEFAULTS", "0")
     environ: dict[str, str] = {}
