@@ -1,17 +1,21 @@
 #!/usr/bin/env python
-"""Memory of a rank while it trains, with each kind of sharding, and with parameters that the ranks have in common.
+"""Memory of a rank while it trains: states, gradients and parameters, each by itself, against what sharding promises.
 
-    python scripts/bench_memory.py --ranks 2 --workload gpt --json out.json
+    python scripts/bench_memory.py --ranks 2 4 --workloads wide-mlp gpt --json memory.json
 
-Each kind runs in processes of its own. A column is in multiples of the parameters' size, for the rank that has most:
-the optimizer's states and the gradients (averages, and the memory in which they meet) as bytes of tensors between
-backward and step, and the growth of the process's proportional set size (PSS, in which memory that ranks share counts
-once) since before the model, at the end of a step that has cleared the gradients, and between backward and step.
+Each configuration runs in processes of its own. After three steps everything is found out twice: as counted bytes of
+tensors, and as memory that the system gives to the process, the proportional set size (PSS) of
+``/proc/PID/smaps_rollup``, in which memory that ranks share counts once for all of them. Of states and gradients it is
+what the PSS falls by when they are let go; of parameters, what it has grown by since before there was a model, once all
+ranks have read them. glibc keeps freed memory in its heap until ``malloc_trim``, which is called before each look.
+Numbers are the largest of all ranks, in multiples of what one process without sharding has of the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import re
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 from _jobs import Job, serve
 from _measuring import setting, write_results
-from _workloads import WORKLOADS
+from _workloads import WORKLOADS, Workload
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,21 +34,46 @@ import heatopt
 PLAIN = "no synchronisation"
 SHARED = ", shared parameters"
 KINDS = (PLAIN, "none", "state", "gradients", f"state{SHARED}", f"gradients{SHARED}")
-_COLUMNS = {"states": "states", "gradients": "gradients", "resting": "PSS, gradients cleared", "pss": "PSS"}
+PARTS = ("parameters", "states", "gradients")
 _STEPS = 3
+# What may be there beside a rank's part: pages, presence flags, the places where pieces rather begin.
+ALLOWANCE = 0.01
 
 
 def proportional_set_size() -> int:
-    """Bytes of this process, its part of what it shares with others."""
+    """Bytes of this process, its part of what it shares with others, without what its heap has freed."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
+    if trim is not None:
+        trim(0)
     text = Path("/proc/self/smaps_rollup").read_text()
     return 1024 * sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE))
+
+
+def limits(kind: str, ranks: int, bucket: float) -> dict[str, float]:
+    """What a rank may have of each part, in multiples of the whole; only of what is divided.
+
+    Args:
+        kind: one of ``KINDS``.
+        ranks: their number, all of one node.
+        bucket: the largest bucket over all gradients.
+    """
+    share = 1 / ranks + ALLOWANCE
+    shard = kind.removesuffix(SHARED)
+    found = {"parameters": share} if kind.endswith(SHARED) else {}
+    if shard in ("state", "gradients"):
+        found["states"] = share
+    if shard == "gradients":
+        found["gradients"] = share + bucket
+    return found
 
 
 class Stage:
     """In a rank of one kind."""
 
     def __init__(self, kind: str) -> None:
-        self._kind = kind
+        self._shard = kind.removesuffix(SHARED)
+        self._shares = kind.endswith(SHARED)
         self._comm = heatopt.world()
 
     def serve(self) -> None:
@@ -57,40 +86,70 @@ class Stage:
         torch.manual_seed(0)
         _train_once(nn.Linear(8, 8), torch.randn(4, 8))  # what is loaded and allocated once for any model
         batch = task.make_batch(torch.Generator().manual_seed(self._comm.rank))
-        before = proportional_set_size()
+        before = self._look()
         model = task.make_model()
-        optimizer = task.make_optimizer(list(model.parameters()))
-        if self._kind != PLAIN:
-            optimizer = heatopt.DataParallelOptimizer(
-                optimizer,
-                model=model,
-                shard=self._kind.removesuffix(SHARED),
-                parameters_per_node="shared" if self._kind.endswith(SHARED) else "own",
-                bucket_mb=bucket_mb,
-                blocking=True,
-            )
+        optimizer = self._optimizer(task, model, bucket_mb)
+        with torch.no_grad():
+            task.loss(model, batch)
+        pss = {"parameters": self._look() - before}
         for _ in range(_STEPS):
-            optimizer.zero_grad()
-            task.loss(model, batch).backward()
+            _backward(task, model, optimizer, batch)
             optimizer.step()
+        _backward(task, model, optimizer, batch)
+        pss["all"] = self._look() - before
+        counted = self._count(model, optimizer)
+        bucket = max(bucket_mb * 2**20, *(p.nbytes for p in model.parameters()))
+        optimizer.step()
         optimizer.zero_grad()
-        resting = self._grown(before)
-        task.loss(model, batch).backward()
-        grown = self._grown(before)
-        states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-        if isinstance(optimizer, heatopt.DataParallelOptimizer):
-            gradients = optimizer.report().get("bucket_bytes", gradients)
-        parameters = sum(p.nbytes for p in model.parameters())
-        report = {"parameters": parameters, "states": states, "gradients": gradients, "resting": resting, "pss": grown}
-        return {**report, "setting": setting(self._comm)}
+        pss |= self._let_go_of_states(optimizer)
+        _backward(task, model, optimizer, batch)
+        if not self._shares:  # or parameters would move back to each rank
+            with_gradients = self._look()
+            model.zero_grad()
+            del optimizer
+            pss["gradients"] = with_gradients - self._look()
+        return {"counted": counted, "pss": pss, "bucket": bucket, "setting": setting(self._comm)}
 
-    def _grown(self, before: int) -> int:
-        """Growth of the PSS since ``before``, while no rank does anything."""
+    def _optimizer(self, task: Workload, model: nn.Module, bucket_mb: float) -> torch.optim.Optimizer:
+        plain = task.make_optimizer(list(model.parameters()))
+        if self._shard == PLAIN:
+            return plain
+        return heatopt.DataParallelOptimizer(
+            plain,
+            model=model,
+            shard=self._shard,
+            parameters_per_node="shared" if self._shares else "own",
+            bucket_mb=bucket_mb,
+        )
+
+    def _count(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        if isinstance(optimizer, heatopt.DataParallelOptimizer):  # it has them in buckets
+            gradients = optimizer.report().get("bucket_bytes", gradients)
+        states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+        parameters = sum(p.nbytes for p in model.parameters())
+        return {
+            "parameters": parameters / (self._comm.node_size if self._shares else 1),
+            "states": states,
+            "gradients": gradients,
+        }
+
+    def _let_go_of_states(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """What the PSS falls by without the states, and then without the memory through which parameters travel."""
+        looks = [self._look()]
+        optimizer.state.clear()
+        looks.append(self._look())
+        groups = optimizer.torch_optimizer if isinstance(optimizer, heatopt.DataParallelOptimizer) else optimizer
+        optimizer.load_state_dict({"state": {}, "param_groups": groups.state_dict()["param_groups"]})
+        looks.append(self._look())
+        return {"states": looks[0] - looks[1], "travelling": looks[1] - looks[2]}
+
+    def _look(self) -> int:
+        """The PSS, while no rank does anything."""
         self._comm.barrier()
-        grown = proportional_set_size() - before
+        found = proportional_set_size()
         self._comm.barrier()
-        return grown
+        return found
 
 
 def _train_once(model: nn.Module, batch: torch.Tensor) -> None:
@@ -99,10 +158,67 @@ def _train_once(model: nn.Module, batch: torch.Tensor) -> None:
     optimizer.step()
 
 
+def _backward(task: Workload, model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    task.loss(model, batch).backward()
+
+
+def summarize(ranks: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By kind and part: counted bytes and PSS of the rank that has most, the limit, and whether both keep to it.
+
+    In multiples of what is counted without synchronisation; ``all`` and ``travelling`` in multiples of the parameters.
+
+    Args:
+        ranks: their number.
+        found: what :meth:`Stage.measure` returned on each of them, by kind, ``PLAIN`` among them.
+    """
+    whole = found[PLAIN][0]["counted"]
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind, measured in found.items():
+        bounds = limits(kind, ranks, measured[0]["bucket"] / whole["gradients"])
+        rows[kind] = {}
+        for part in (*PARTS, "travelling", "all"):
+            unit = whole.get(part, whole["parameters"])
+            row = {
+                way: max(rank[way][part] for rank in measured) / unit
+                for way in ("counted", "pss")
+                if part in measured[0][way]
+            }
+            if part in bounds:
+                row |= {"limit": bounds[part], "kept": all(value <= bounds[part] for value in row.values())}
+            rows[kind][part] = row
+    return rows
+
+
+def show(title: str, rows: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Print the table."""
+    table = Table("shard", "part", title=title)
+    for column in ("counted", "PSS", "limit", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for kind, parts in rows.items():
+        for part, row in parts.items():
+            numbers = (f"{row[key]:.3f}" if key in row else "" for key in ("counted", "pss", "limit"))
+            verdict = {None: "", True: "kept", False: "MISSED"}[row.get("kept")]
+            table.add_row(kind if part == PARTS[0] else "", part, *numbers, verdict, end_section=part == "all")
+    Console(width=100).print(table)
+
+
+def measure(workload: str, ranks: int, bucket_mb: float) -> dict[str, list[dict[str, Any]]]:
+    """What :meth:`Stage.measure` returns on each rank, by kind."""
+    found = {}
+    for kind in KINDS:
+        job = Job(ranks, Path(__file__), ["--kind", kind])
+        try:
+            found[kind] = job.call("measure", workload, bucket_mb)
+        finally:
+            job.close()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of each kind (default %(default)s)")
-    parser.add_argument("--workload", choices=WORKLOADS, default="wide-mlp", help="model (default %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="processes of each kind (default 2)")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["wide-mlp"], help="default wide-mlp")
     parser.add_argument("--bucket-mb", type=float, default=8.0, help="size of a bucket (default %(default)s)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
@@ -111,22 +227,17 @@ def main() -> None:
         Stage(options.kind).serve()
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        job = Job(options.ranks, Path(__file__), ["--kind", kind])
-        try:
-            found = job.call("measure", options.workload, options.bucket_mb)
-        finally:
-            job.close()
-        results[kind] = {key: max(row[key] for row in found) for key in ("parameters", *_COLUMNS)}
-    table = Table(title=f"Bytes of a rank over those of the parameters, {options.workload}, {options.ranks} ranks")
-    for column in ("shard", *_COLUMNS.values()):
-        table.add_column(column, justify="left" if column == "shard" else "right")
-    for kind, row in results.items():
-        table.add_row(kind, *(f"{row[key] / row['parameters']:.3f}" for key in _COLUMNS))
-    Console().print(table)
+    results = []
+    for workload in options.workloads:
+        for ranks in options.ranks:
+            found = measure(workload, ranks, options.bucket_mb)
+            parameters = found[PLAIN][0]["counted"]["parameters"]
+            rows = summarize(ranks, found)
+            show(f"{workload}, {ranks} ranks: parts over the same of one process, travelling/all over parameters", rows)
+            about = found[PLAIN][0]["setting"]
+            results.append({"workload": workload, "ranks": ranks, "parameter_bytes": parameters, "kinds": rows})
     if options.json:
-        write_results(options.json, found[0]["setting"], results)
+        write_results(options.json, about, results)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from itertools import repeat
+from operator import add, attrgetter, is_
 
 import torch
 
@@ -147,7 +148,7 @@ class Bucket(GradientBucket):
             if uses == self._uses:
                 return False  # nobody at all
             shown = map(is_, map(_GRADIENT, self.parameters), self._views)
-            if uses == [1 + is_shown for is_shown in shown]:
+            if uses == list(map(add, shown, repeat(1))):
                 return False  # the parameters alone
         return any(map(self._is_slot_aliased, range(len(uses)), uses))
 

@@ -12,9 +12,10 @@ is always one that no reduction has seen, and results of several reductions add 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, compress, repeat
+from operator import attrgetter, is_not
 
 import torch
 
@@ -22,6 +23,8 @@ from heatopt.buckets._bucket import GradientBucket, scale_in_place, strides_of_g
 from heatopt.buckets._layout import BucketPlan, Piece, aligned
 
 __all__ = ["RowPlan", "ScatteredBucket", "plan_rows"]
+
+_GRADIENT = attrgetter("grad")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class ScatteredBucket(GradientBucket):
         self.rows = rows
         self.present: list[bool] = [False] * len(plan.slots)
         """By slot: whether any rank has had a gradient since the last :meth:`clear`."""
-        position_of = {slot.index: position for position, slot in enumerate(plan.slots)}
+        self._indices = [slot.index for slot in plan.slots]
+        position_of = {index: position for position, index in enumerate(self._indices)}
         self._positions = [position_of[piece.index] for piece in rows.pieces]
         self._whole = [
             not rows.flat or p.stop - p.start == plan.slots[k].numel
@@ -91,6 +95,8 @@ class ScatteredBucket(GradientBucket):
         self._all_flags = [memory[first : first + len(plan.slots)] for first in rows.flags]
         self._own_flags = self._all_flags[rank]
         self._own = [number for number, piece in enumerate(rows.pieces) if piece.rank == rank]
+        self._own_indices = [rows.pieces[number].index for number in self._own]
+        self._own_positions = [self._positions[number] for number in self._own]
         start = rows.bounds[rank]
         self._kept_weight = 0.0  # of the mean that is kept; 0 without weights
         self._kept_memory = memory.new_zeros(rows.flags[rank] - start)
@@ -121,11 +127,12 @@ class ScatteredBucket(GradientBucket):
 
     def kept(self) -> dict[int, torch.Tensor]:
         """This rank's pieces of the averages, by parameter index, where any rank had a gradient."""
-        return {
-            self.rows.pieces[number].index: kept
-            for number, kept in zip(self._own, self._kept, strict=True)
-            if self.present[self._positions[number]]
-        }
+        present = list(map(self.present.__getitem__, self._own_positions))
+        return dict(zip(compress(self._own_indices, present), compress(self._kept, present), strict=True))
+
+    def present_indices(self) -> Iterable[int]:
+        """Indices of the parameters that are :attr:`present`."""
+        return compress(self._indices, self.present)
 
     def nothing_kept(self) -> torch.Tensor | None:
         """An empty tensor of the gradients' kind, if there is any."""
@@ -218,4 +225,4 @@ class ScatteredBucket(GradientBucket):
 
     def has_foreign_gradients(self) -> bool:
         """True if a gradient is there: no reduction has seen it."""
-        return self.changed or any(parameter.grad is not None for parameter in self.parameters)
+        return self.changed or any(map(is_not, map(_GRADIENT, self.parameters), repeat(None)))

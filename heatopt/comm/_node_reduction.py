@@ -44,6 +44,10 @@ class BucketMemory:
         """This rank's memory."""
         return self.segments[self.position]
 
+    def first(self, numel: int) -> BucketMemory:
+        """The first ``numel`` elements of each."""
+        return BucketMemory([segment[:numel] for segment in self.segments], self.position, self.shared)
+
 
 @dataclass(frozen=True)
 class ReduceOptions:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from heatopt.sharding._declaration import NUMBERS
-from heatopt.sharding._views import Member
+from heatopt.sharding._members import Member, Members
 
 __all__ = ["MASTER", "Masters"]
 
@@ -66,7 +66,7 @@ class Masters:
         members: Iterable[Member],
         kept: Mapping[int, torch.Tensor],
         state: Mapping[torch.Tensor, dict[str, Any]],
-    ) -> list[Member]:
+    ) -> Members:
         """The members in the order of their parameters, with masters in the place of those that have one.
 
         The masters are taken out of ``state``, to which ``finish`` of each member gives its own back.
@@ -84,7 +84,7 @@ class Masters:
                     _follow(master, member.tensor)
                 member = _MasterMember(member, master)
             result.append(member)
-        return result
+        return Members(result)
 
 
 class _MasterMember(Member):
@@ -94,12 +94,12 @@ class _MasterMember(Member):
         super().__init__(member.parameter, member.piece, master)
         self._narrow = member
 
-    def take_gradient(self, kept: torch.Tensor | None) -> None:
+    def take_gradient(self, kept: torch.Tensor | None) -> bool:
         gradient = self._narrow.gradient(kept)
         self.tensor.grad = None if gradient is None else gradient.to(self.tensor.device, self.tensor.dtype)
+        return True
 
     def finish(self, state: Any) -> None:
-        self.tensor.grad = None
         self._narrow.tensor.copy_(self.tensor)
         state[self.parameter][MASTER] = self.tensor
 

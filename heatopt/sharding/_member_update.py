@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from heatopt.errors import HeatoptError
 from heatopt.sharding._declaration import Manner, manner_of
 from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._masters import Masters
-from heatopt.sharding._views import Member, whole_members
+from heatopt.sharding._members import Members, PieceMembers, whole_members
 from heatopt.sync import outside_graphs
 
 __all__ = ["MemberStepper", "MemberUpdate"]
@@ -56,41 +56,35 @@ class MemberUpdate:
             self.torch_step(self._optimizer, *arguments)
         else:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self.update(whole_members(parameters), {}, arguments)
+            self.update(PieceMembers(whole_members(parameters)), {}, arguments)
 
-    def update(self, members: Iterable[Member], kept: Mapping[int, torch.Tensor], arguments: tuple[Any, ...]) -> None:
+    def update(self, members: PieceMembers, kept: Mapping[int, torch.Tensor], arguments: tuple[Any, ...]) -> None:
         """Update ``members``.
 
         Args:
-            members: those of this rank, at most one for each parameter.
+            members: those of this rank.
             kept: their parts of the gradients by parameter index, where those are not the parameters'.
             arguments: of torch's step.
         """
         optimizer = self._optimizer
         groups, state = optimizer.param_groups, optimizer.state
+        changed: Members = members
         if self._masters is not None:
-            members = self._masters.take_places(members, kept, state)
-        members = list(members)
-        piece_of = {id(m.parameter): m.tensor for m in members}
+            changed = self._masters.take_places(members, kept, state)
         own_groups = [
             {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
-            | {"params": [piece_of[id(p)] for p in group["params"] if id(p) in piece_of]}
+            | {"params": changed.tensors(group["params"])}
             for group in groups
         ]
-        pieces = {m.parameter: m.tensor for m in members}
-        own_state: Any = defaultdict(dict, {pieces.get(key, key): value for key, value in state.items()})
-        for member in members:
-            member.take_gradient(kept.get(member.piece.index))
+        own_state: Any = defaultdict(dict, changed.states(state))
+        changed.take_gradients(kept)
         optimizer.param_groups, optimizer.state = own_groups, own_state
         try:
             self.torch_step(optimizer, *arguments)
         finally:
             optimizer.param_groups, optimizer.state = groups, state
-            wholes = {m.tensor: m.parameter for m in members}
-            for key, value in own_state.items():
-                state[wholes.get(key, key)] = value
-            for member in members:
-                member.finish(state)
+            changed.give_back(own_state, state)
+            changed.finish(state)
         for group, own in zip(groups, own_groups, strict=True):
             group.update((key, value) for key, value in own.items() if key != "params")
 

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 
 from heatopt.comm import Communicator
+from heatopt.sharding._members import Member
 from heatopt.sharding._partition import Block, Piece
-from heatopt.sharding._views import Member, Views
+from heatopt.sharding._views import Views
 
 __all__ = ["NodeViews", "slabs"]
 

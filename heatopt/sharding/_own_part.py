@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from heatopt.comm import Communicator
+from heatopt.sharding._members import Member
 from heatopt.sharding._partition import Block
 from heatopt.sharding._vectors import SplitVector
-from heatopt.sharding._views import Member, Views
+from heatopt.sharding._views import Views
 
 __all__ = ["OwnPart", "count_reals", "each_vector", "is_vector", "spans"]
 

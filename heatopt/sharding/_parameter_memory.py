@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from heatopt.comm import Communicator
+from heatopt.comm import BucketMemory, Communicator
 from heatopt.sharding._partition import Block
 from heatopt.sharding._views import OwnViews, Views
 
@@ -86,5 +86,15 @@ class OwnParameters(ParameterMemory):
         if isinstance(former, OwnViews):
             memories = former.memories
         else:
-            memories = [comm.allocate(block.row, block.dtype, block.device) for block in blocks]
+            memories = _take_turns(comm, blocks)
         return OwnViews(blocks, memories, comm.rank, parameters)
+
+
+def _take_turns(comm: Communicator, blocks: Sequence[Block]) -> list[BucketMemory]:
+    """Memory for a row of each block: all of one kind have the same, since one travels after the other. Collective."""
+    rows: dict[tuple[torch.dtype, torch.device], int] = {}
+    for block in blocks:
+        kind = (block.dtype, block.device)
+        rows[kind] = max(rows.get(kind, 0), block.row)
+    lent = {kind: comm.allocate(row, *kind) for kind, row in rows.items()}
+    return [lent[block.dtype, block.device].first(block.row) for block in blocks]

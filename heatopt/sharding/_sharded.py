@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from operator import attrgetter
+from itertools import chain, compress
+from operator import attrgetter, itemgetter, or_
 from typing import Any, NoReturn
 from zlib import crc32
 
@@ -30,6 +31,7 @@ from heatopt.sharding._inner_step import HookedStep
 from heatopt.sharding._layout import Layout
 from heatopt.sharding._masters import Masters
 from heatopt.sharding._member_update import MemberUpdate
+from heatopt.sharding._members import are_there
 from heatopt.sharding._parameter_memory import ParameterMemory
 from heatopt.sharding._partition import plan_shards
 from heatopt.sharding._states import Carried, States, Wanted, as_state, copied, replace_entry
@@ -115,7 +117,7 @@ class ShardedStates(States):
 
     def _update_members(self, views: Views, arguments: tuple[Any, ...]) -> None:
         views.refresh()
-        self._member_update.update(views.members.values(), self._shards.kept(), arguments)
+        self._member_update.update(views.own, self._shards.kept(), arguments)
         if not self._optimizer.state and self._keeps_state():
             self._mark_in_use([p for p, has in zip(self._parameters(), self._had_gradient, strict=True) if has])
 
@@ -135,13 +137,14 @@ class ShardedStates(States):
             self._optimizer.state[used[0]] = {name: torch.zeros(()) for name in NUMBERS}
 
     def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+        return list(chain.from_iterable(map(itemgetter("params"), self._optimizer.param_groups)))
 
     def _prepare(self, parameters: list[torch.Tensor]) -> Views:
         """Make a partition, and views of its pieces, if there are none or they do not fit any more."""
         gradients = list(map(_GRADIENT, parameters))
-        present = self._shards.present()
-        has_gradient = [gradient is not None or index in present for index, gradient in enumerate(gradients)]
+        has_gradient, kept = are_there(gradients), self._shards.present()
+        if kept:
+            has_gradient = list(map(or_, has_gradient, map(kept.__contains__, range(len(gradients)))))
         if has_gradient != self._had_gradient:
             self._had_gradient = has_gradient
             known = set(self._first_used)
@@ -387,4 +390,6 @@ def _require_equal(whole: list[int | None]) -> None:
 
 
 def _sparse(gradients: Sequence[torch.Tensor | None]) -> set[int]:
+    if set(map(_LAYOUT, compress(gradients, are_there(gradients)))) <= {torch.strided}:
+        return set()
     return {i for i, g in enumerate(gradients) if g is not None and g.layout is not torch.strided}

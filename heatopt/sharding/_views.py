@@ -4,68 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from heatopt.buckets import covers_its_memory, find_overlaps, gradient_dtype
+from heatopt.buckets import covers_its_memory, find_overlaps
 from heatopt.comm import BucketMemory, Communicator
-from heatopt.sharding._partition import Block, Piece
+from heatopt.sharding._members import Member, PieceMembers
+from heatopt.sharding._partition import Block
 
-__all__ = ["CONCLUDING", "Member", "OwnViews", "Views", "whole_members"]
+__all__ = ["CONCLUDING", "OwnViews", "Views"]
 
 CONCLUDING = "a look at whether all ranks have made their part of the update"
-
-
-class Member:
-    """A parameter, or a piece of one, that this rank updates.
-
-    Args:
-        parameter: the whole.
-        piece: the part of it.
-        tensor: what the update changes: a view of that part, or the parameter itself.
-    """
-
-    def __init__(self, parameter: torch.Tensor, piece: Piece, tensor: torch.Tensor) -> None:
-        self.parameter = parameter
-        self.piece = piece
-        self.tensor = tensor
-        self._took = False
-
-    def gradient(self, kept: torch.Tensor | None) -> torch.Tensor | None:
-        """The piece's part of the gradient; None if there is none.
-
-        Args:
-            kept: that part, if it is all that there is on this rank; the gradient is whole otherwise.
-        """
-        gradient = self.parameter.grad
-        if kept is not None or gradient is None or self.tensor is self.parameter:
-            return gradient if kept is None else kept
-        return gradient.detach().reshape(-1)[self.piece.start : self.piece.stop]
-
-    def take_gradient(self, kept: torch.Tensor | None) -> None:
-        """Show the update the piece's part of the gradient; ``kept`` as in :meth:`gradient`."""
-        self._took = kept is not None or self.tensor is not self.parameter
-        if self._took:
-            gradient = self.gradient(kept)
-            if kept is not None:  # the model may have been converted since
-                gradient = kept.to(self.tensor.device, gradient_dtype(self.parameter))
-            self.tensor.grad = gradient
-
-    def finish(self, state: Any) -> None:
-        """After the update: let go of the gradient, because whoever owns its memory counts the tensors in it.
-
-        Args:
-            state: the optimizer's, by parameter.
-        """
-        if self._took:
-            self.tensor.grad = None
-
-
-def whole_members(parameters: Sequence[torch.Tensor]) -> list[Member]:
-    """All ``parameters``, for an update of all of them by one rank."""
-    return [Member(p, Piece(0, index, 0, p.numel()), p) for index, p in enumerate(parameters)]
 
 
 class _Traffic:
@@ -78,8 +30,9 @@ class _Traffic:
         for piece in block.pieces:
             part = targets[piece.index]
             self._parts.setdefault(piece.rank, []).append(part[piece.start : piece.stop] if block.cut else part)
+        self._sizes = {owner: [part.numel() for part in parts] for owner, parts in self._parts.items()}
         self._own = self._parts.get(rank, [])
-        self._own_places = self._places(memory.own, self._own)
+        self._own_places = self._places(memory.own, rank)
 
     def write(self) -> None:
         """Copy what this rank owns to where the others read it."""
@@ -90,14 +43,13 @@ class _Traffic:
         """Overwrite what ``rank`` owns with what it has made of it."""
         parts = self._parts.get(rank)
         if parts:
-            torch._foreach_copy_(parts, self._places(row, parts))
+            torch._foreach_copy_(parts, self._places(row, rank))
 
-    def _places(self, row: torch.Tensor, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        sizes = [part.numel() for part in parts]
+    def _places(self, row: torch.Tensor, rank: int) -> list[torch.Tensor]:
+        """Where what ``rank`` owns lies in its row."""
+        sizes = self._sizes.get(rank, [])
         places = torch.split(row[: sum(sizes)], sizes)
-        return (
-            list(places) if self._block.cut else [place.view(p.shape) for place, p in zip(places, parts, strict=True)]
-        )
+        return list(places if self._block.cut else map(torch.Tensor.view_as, places, self._parts.get(rank, [])))
 
 
 class Views(ABC):
@@ -114,6 +66,12 @@ class Views(ABC):
         _refuse_shared_memory(parameters)
         self._places = _places(parameters)
         self.members: dict[int, Member] = {}
+        """This rank's, by index of their parameters."""
+
+    @cached_property
+    def own(self) -> PieceMembers:
+        """This rank's, together."""
+        return PieceMembers(self.members.values())
 
     def are_current(self, parameters: Sequence[torch.Tensor]) -> bool:
         """False if a parameter's elements are not where they were."""

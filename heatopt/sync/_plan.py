@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from operator import is_
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class GradientPlan:
 
     def require_known(self) -> None:
         """Raise unless the groups hold the parameters that they held when the plan was made."""
-        found = [parameter for group in self._groups() for parameter in group["params"]]
+        found = list(chain.from_iterable(map(itemgetter("params"), self._groups())))
         if len(found) != len(self.parameters):
             raise HeatoptError(
                 f"the parameter groups have {len(found)} parameters, but {len(self.parameters)} are synchronised: some "

@@ -82,8 +82,7 @@ class GradientShards:
             self._memory_bytes += memory.own.nbytes
             for number in numbers:
                 self.turns[number] = turn
-                segments = [segment[: rows[number].numel] for segment in memory.segments]
-                lent[number] = BucketMemory(segments, memory.position, memory.shared)
+                lent[number] = memory.first(rows[number].numel)
         memories = [memory for memory in lent if memory is not None]
         self._buckets = [
             ScatteredBucket(plan, row, memory.own, [parameters[slot.index] for slot in plan.slots], channel.rank)
@@ -151,16 +150,14 @@ class GradientShards:
 
     def kept(self) -> dict[int, torch.Tensor]:
         """This rank's pieces of the averages by parameter index: flat, unless they are whole parameters'."""
-        return {index: kept for bucket in self._buckets for index, kept in bucket.kept().items()}
+        kept: dict[int, torch.Tensor] = {}
+        for bucket in self._buckets:
+            kept.update(bucket.kept())
+        return kept
 
     def present(self) -> set[int]:
         """Indices of the parameters of which any rank had a gradient; equal on all ranks."""
-        return {
-            slot.index
-            for bucket in self._buckets
-            for slot, present in zip(bucket.plan.slots, bucket.present, strict=True)
-            if present
-        }
+        return set().union(*(bucket.present_indices() for bucket in self._buckets))
 
     def holders(self) -> list[torch.Tensor]:
         """A tensor for each piece, which has it as ``grad``; an empty one for each kind that others keep."""
