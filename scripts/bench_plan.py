@@ -5,8 +5,8 @@
 
 *plan* is the pure part: which gradient lives in which bucket, and which rank owns which piece of which state.
 *construction* is all of ``DataParallelOptimizer(...)``: hooks, comparison of the ranks' plans, memory for the buckets,
-rank 0's values on all ranks. *partition* is what the first step takes longer than the third one: it makes the pieces, and
-torch its states. Seconds of the slowest rank, the smallest of some repetitions.
+rank 0's values on all ranks. *partition* is what the first step takes longer than the third one: it makes the pieces,
+and torch its states. Seconds of the slowest rank, the smallest of some repetitions.
 """
 
 from __future__ import annotations

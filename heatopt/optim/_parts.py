@@ -70,7 +70,11 @@ def assemble(
         memory: ParameterMemory = OwnParameters(lambda: comm)
         return Parts(gradients, GradientShards(), Residuals(comm), *_unsharded(optimizer, settings, masters), memory)
     divides = settings.shard == "gradients"
-    shards = GradientShards(GradientDivision(optimizer), 1 if settings.blocking else 2) if divides else GradientShards()
+    shards = (
+        GradientShards(GradientDivision(optimizer), _in_flight(optimizer, comm, settings))
+        if divides
+        else GradientShards()
+    )
     residuals = Residuals(comm, carried.unsent)
     residuals.roll_back_cleared([p for group in optimizer.param_groups for p in group["params"]])
     # The callback must not hold the wrapper, which is to die with its last user.
@@ -89,6 +93,13 @@ def assemble(
     if settings.compression is not None:
         states = ResidualStates(optimizer, states, residuals, sync.compressed)
     return Parts(sync, shards, residuals, states, stepper, memory)
+
+
+def _in_flight(optimizer: torch.optim.Optimizer, comm: Communicator, settings: SyncSettings) -> int:
+    """How many buckets of sharded gradients have memory: a second one pays where something travels meanwhile."""
+    on_cpu = all(p.is_cpu for group in optimizer.param_groups for p in group["params"])
+    together = settings.blocking is None and comm.num_nodes == 1 and on_cpu
+    return 1 if settings.blocking or together else 2
 
 
 def _unsharded(optimizer: torch.optim.Optimizer, settings: SyncSettings, masters: Masters | None) -> tuple[States, Any]:

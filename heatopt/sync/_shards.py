@@ -3,8 +3,8 @@
 [Note: Sharded gradients]
 With ``shard="gradients"`` a bucket is a message: packed from ``p.grad``, reduced so that each rank receives the pieces
 that it owns, and emptied into what this rank keeps (see [Note: Scattered buckets]). Then another bucket uses its
-memory: the next one, if backward waits for each reduction, so that a rank holds its part of the gradients, one bucket,
-and what backward has not handed over yet. Otherwise the next but one: one is packed while another is on its way.
+memory: the next one, where nothing is gained by two, so that a rank holds its part of the gradients, one bucket, and
+what backward has not handed over yet. Otherwise the next but one: one is packed while another is on its way.
 
 ``p.grad`` is a contribution that no reduction has seen, and None once one has: on every rank, for every parameter,
 owned or not. Averages of several reductions add up until an update uses them; whatever comes after it starts a new sum,

@@ -15,6 +15,9 @@ import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator
 from heatopt.errors import HeatoptError, RankFailedError
+from heatopt.sharding._parameter_memory import OwnParameters
+from heatopt.sharding._partition import ShardSpec, plan_shards
+from heatopt.sharding._views import OwnViews
 from tests.ranks._sharding import SHARDS, assert_alike, assert_same_bits, train_scaled
 from tests.support import parity
 from tests.support.problems import Net
@@ -314,5 +317,29 @@ def test_ranks_must_agree(ranks: Ranks) -> None:
     def body(comm: Communicator) -> None:
         with pytest.raises(heatopt.RankMismatchError, match="setting shard: rank 0 has 'state', rank 1 has 'none'"):
             DataParallelOptimizer(adamw(Net()), comm=comm, shard="none" if comm.rank else "state")
+
+    ranks(body, min_size=2)
+
+
+def test_blocks_travel_through_one_memory(ranks: Ranks) -> None:
+    """Whoever writes the next block's pieces waits until all have read those of the one before."""
+
+    def body(comm: Communicator) -> None:
+        kinds = [torch.float32, torch.float64]
+        parameters = [torch.full((7, 5 * (i % 3) + 1), float(i), dtype=kinds[i % 2]) for i in range(12)]
+        specs = [ShardSpec(i, p.numel(), p.dtype, p.device, i < 8, 1) for i, p in enumerate(parameters)]
+        blocks = plan_shards(specs, comm.size, block_bytes=400)
+        views = OwnParameters(lambda: comm).views(blocks, parameters, None)
+        assert isinstance(views, OwnViews)
+        assert len(blocks) > 6
+        assert len({memory.own.data_ptr() for memory in views.memories}) == 2
+        for round_number in range(3):
+            for member in views.members.values():
+                member.tensor.add_(comm.rank + 1)
+            views.share(comm)
+            for block in blocks:
+                for piece in block.pieces:
+                    found = parameters[piece.index].view(-1)[piece.start : piece.stop]
+                    assert found.tolist() == [piece.index + (round_number + 1.0) * (piece.rank + 1)] * found.numel()
 
     ranks(body, min_size=2)
