@@ -4,11 +4,15 @@
     python scripts/bench_memory.py --ranks 2 4 --workloads wide-mlp gpt --json memory.json
 
 Each configuration runs in processes of its own. After three steps everything is found out twice: as counted bytes of
-tensors, and as memory that the system gives to the process, the proportional set size (PSS) of
-``/proc/PID/smaps_rollup``, in which memory that ranks share counts once for all of them. Of states and gradients it is
-what the PSS falls by when they are let go; of parameters, what it has grown by since before there was a model, once all
-ranks have read them. glibc keeps freed memory in its heap until ``malloc_trim``, which is called before each look.
-Numbers are the largest of all ranks, in multiples of what one process without sharding has of the same.
+tensors, of the rank that has most, and as memory that the system gives to the processes: the mean of their proportional
+set sizes (PSS, ``/proc/PID/smaps_rollup``), in which memory that ranks share counts once for all of them together. It is
+what the PSS falls by when states, gradients (between backward and step) and parameters are let go, one after the other;
+shared parameters go with the gradients, so they are the fall by both without that of the gradients of the same kind with
+own parameters. glibc keeps freed memory in its heap until ``malloc_trim``, which is called before each look.
+
+Numbers are multiples of what one process without sharding has of the same. *travelling* is memory through which updated
+parameters travel, and *all* the growth since before there was a model, between backward and step, both in multiples of
+the parameters.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import gc
 import os
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,6 +40,7 @@ PLAIN = "no synchronisation"
 SHARED = ", shared parameters"
 KINDS = (PLAIN, "none", "state", "gradients", f"state{SHARED}", f"gradients{SHARED}")
 PARTS = ("parameters", "states", "gradients")
+TOGETHER = "gradients and parameters"
 _STEPS = 3
 # What may be there beside a rank's part: pages, presence flags, the places where pieces rather begin.
 ALLOWANCE = 0.01
@@ -88,26 +94,29 @@ class Stage:
         batch = task.make_batch(torch.Generator().manual_seed(self._comm.rank))
         before = self._look()
         model = task.make_model()
-        optimizer = self._optimizer(task, model, bucket_mb)
-        with torch.no_grad():
-            task.loss(model, batch)
-        pss = {"parameters": self._look() - before}
+        optimizer: Any = self._optimizer(task, model, bucket_mb)
         for _ in range(_STEPS):
             _backward(task, model, optimizer, batch)
             optimizer.step()
         _backward(task, model, optimizer, batch)
-        pss["all"] = self._look() - before
+        pss = {"all": self._look() - before}
         counted = self._count(model, optimizer)
         bucket = max(bucket_mb * 2**20, *(p.nbytes for p in model.parameters()))
         optimizer.step()
         optimizer.zero_grad()
         pss |= self._let_go_of_states(optimizer)
         _backward(task, model, optimizer, batch)
-        if not self._shares:  # or parameters would move back to each rank
-            with_gradients = self._look()
-            model.zero_grad()
-            del optimizer
-            pss["gradients"] = with_gradients - self._look()
+        looks = [self._look()]
+        model.zero_grad()
+        if not self._shares:  # otherwise each rank would get the parameters into memory of its own
+            optimizer = None
+            looks.append(self._look())
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+        optimizer = None
+        looks.append(self._look())
+        parts = [TOGETHER] if self._shares else ["gradients", "parameters"]
+        pss |= {part: a - b for part, a, b in zip(parts, looks, looks[1:], strict=True)}
         return {"counted": counted, "pss": pss, "bucket": bucket, "setting": setting(self._comm)}
 
     def _optimizer(self, task: Workload, model: nn.Module, bucket_mb: float) -> torch.optim.Optimizer:
@@ -164,7 +173,7 @@ def _backward(task: Workload, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def summarize(ranks: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By kind and part: counted bytes and PSS of the rank that has most, the limit, and whether both keep to it.
+    """By kind and part: counted bytes, PSS, the limit, and whether both keep to it.
 
     In multiples of what is counted without synchronisation; ``all`` and ``travelling`` in multiples of the parameters.
 
@@ -176,14 +185,16 @@ def summarize(ranks: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, d
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for kind, measured in found.items():
         bounds = limits(kind, ranks, measured[0]["bucket"] / whole["gradients"])
+        counted = {part: max(rank["counted"][part] for rank in measured) for part in PARTS}
+        pss = {part: fmean(rank["pss"][part] for rank in measured) for part in measured[0]["pss"]}
+        if TOGETHER in pss:
+            own = found[kind.removesuffix(SHARED)]
+            pss["parameters"] = pss[TOGETHER] - fmean(rank["pss"]["gradients"] for rank in own)
         rows[kind] = {}
         for part in (*PARTS, "travelling", "all"):
             unit = whole.get(part, whole["parameters"])
-            row = {
-                way: max(rank[way][part] for rank in measured) / unit
-                for way in ("counted", "pss")
-                if part in measured[0][way]
-            }
+            ways = {"counted": counted, "pss": pss}
+            row: dict[str, Any] = {way: sizes[part] / unit for way, sizes in ways.items() if part in sizes}
             if part in bounds:
                 row |= {"limit": bounds[part], "kept": all(value <= bounds[part] for value in row.values())}
             rows[kind][part] = row

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import add, attrgetter, is_
+from operator import attrgetter, is_
 
 import torch
 
@@ -123,6 +122,7 @@ class Bucket(GradientBucket):
         self._references = list(map(sys.getrefcount, self._views))
         self._own_references = list(map(self._count_references, range(len(plan.slots))))
         self._uses = [1] * len(plan.slots)  # Python's references together count as one
+        self._uses_shown = [2] * len(plan.slots)  # and the parameter's as another one
         self._storage_users = self._count_storage_users()
 
     def _new_view(self, position: int) -> torch.Tensor:
@@ -144,12 +144,10 @@ class Bucket(GradientBucket):
         if self._count_storage_users() != self._storage_users:
             return True
         uses = list(map(_use_count, self._views))
-        if list(map(sys.getrefcount, self._views)) == self._references:
-            if uses == self._uses:
-                return False  # nobody at all
-            shown = map(is_, map(_GRADIENT, self.parameters), self._views)
-            if uses == list(map(add, shown, repeat(1))):
-                return False  # the parameters alone
+        if uses == self._uses and list(map(sys.getrefcount, self._views)) == self._references:
+            return False  # nobody at all
+        if uses == self._uses_shown and all(map(is_, map(_GRADIENT, self.parameters), self._views)):
+            return False  # the parameters alone
         return any(map(self._is_slot_aliased, range(len(uses)), uses))
 
     def _is_slot_aliased(self, position: int, uses: int) -> bool:

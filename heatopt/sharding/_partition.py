@@ -14,7 +14,7 @@ from heatopt.buckets import BucketPlan, Piece
 
 __all__ = ["Block", "Piece", "ShardSpec", "divide_buckets", "plan_shards"]
 
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 16 * 2**20
 # Vectorised loops round the last elements of a tensor differently: where it costs no balance, pieces of a tensor begin
 # at multiples of so many elements, so that a piece is rounded as the whole tensor is.
 _GRAIN = 64
