@@ -4,11 +4,12 @@
     python scripts/bench_memory.py --ranks 2 4 --workloads wide-mlp gpt --json memory.json
 
 Each configuration runs in processes of its own. After three steps everything is found out twice: as counted bytes of
-tensors, of the rank that has most, and as memory that the system gives to the processes: the mean of their proportional
-set sizes (PSS, ``/proc/PID/smaps_rollup``), in which memory that ranks share counts once for all of them together. It is
-what the PSS falls by when states, gradients (between backward and step) and parameters are let go, one after the other;
-shared parameters go with the gradients, so they are the fall by both without that of the gradients of the same kind with
-own parameters. glibc keeps freed memory in its heap until ``malloc_trim``, which is called before each look.
+tensors, of the rank that has most, and as memory that the system gives to the processes: the mean of their
+proportional set sizes (PSS, ``/proc/PID/smaps_rollup``), in which memory that ranks share counts once for all of them
+together. It is what the PSS falls by when states, gradients (between backward and step) and parameters are let go, one
+after the other. Shared parameters go with the gradients, so they are the fall by both without that of the gradients of
+the same kind with own parameters. glibc keeps freed memory in its heap until ``malloc_trim``, which is called before
+each look.
 
 Numbers are multiples of what one process without sharding has of the same. *travelling* is memory through which updated
 parameters travel, and *all* the growth since before there was a model, between backward and step, both in multiples of
