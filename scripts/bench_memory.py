@@ -57,9 +57,7 @@ def proportional_set_size() -> int:
     if trim is not None:
         trim(0)
     text = Path("/proc/self/smaps_rollup").read_text()
-    return 1024 * sum(
-        int(kilobytes) for kilobytes in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.MULTILINE)
-    )
+    return 1024 * sum(map(int, re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.MULTILINE)))
 
 
 def limits(kind: str, ranks: int, bucket: float) -> dict[str, float]:

@@ -42,11 +42,9 @@ class Member:
         Args:
             kept: that part, if it is all that there is on this rank; the gradient is whole otherwise.
         """
-        if kept is not None:  # the model may have been converted since
-            return kept.to(self.tensor.device, gradient_dtype(self.parameter))
         gradient = self.parameter.grad
-        if gradient is None or self.tensor is self.parameter:
-            return gradient
+        if kept is not None or gradient is None or self.tensor is self.parameter:
+            return gradient if kept is None else kept
         return gradient.detach().reshape(-1)[self.piece.start : self.piece.stop]
 
     def take_gradient(self, kept: torch.Tensor | None) -> bool:
@@ -57,7 +55,10 @@ class Member:
         """
         if kept is None and self.tensor is self.parameter:
             return False
-        self.tensor.grad = self.gradient(kept)
+        gradient = self.gradient(kept)
+        if kept is not None:  # the model may have been converted since
+            gradient = kept.to(self.tensor.device, gradient_dtype(self.parameter))
+        self.tensor.grad = gradient
         return True
 
     def finish(self, state: Any) -> None:
