@@ -23,6 +23,7 @@ import ctypes
 import gc
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -120,7 +121,7 @@ class Stage:
         optimizer = None
         looks.append(self._look())
         parts = [TOGETHER] if self._shares else ["gradients", "parameters"]
-        pss |= {part: a - b for part, a, b in zip(parts, looks, looks[1:], strict=True)}
+        pss |= {part: a - b for part, (a, b) in zip(parts, pairwise(looks), strict=True)}
         return {"counted": counted, "pss": pss, "bucket": bucket, "setting": setting(self._comm)}
 
     def _optimizer(self, task: Workload, model: nn.Module, bucket_mb: float) -> torch.optim.Optimizer:
