@@ -411,7 +411,10 @@ def unfinished_business(module: str, source: str) -> list[str]:
     ]
 
 
-_IMMUTABLE_CALLS = {"TypeVar", "frozenset", "tuple", "getLogger", "compile", "namedtuple", "NewType", "ParamSpec"}
+_IMMUTABLE_CALLS = {
+    *("TypeVar", "NewType", "ParamSpec", "namedtuple"),
+    *("frozenset", "tuple", "getLogger", "compile", "attrgetter", "itemgetter"),
+}
 _MUTABLE_NODES = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 
 
