@@ -304,6 +304,17 @@ def test_tensors_that_differ_between_ranks(ranks: Ranks, tmp_path: Path, caplog:
     ranks(body)
 
 
+def test_tensors_that_differ_in_the_order_of_elements_alone(ranks: Ranks, tmp_path: Path) -> None:
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+        own = torch.zeros(2 * comm.size)
+        own[2 * comm.rank] = 1
+        heatopt.save(path, extra=own, comm=comm)
+        assert_equal(heatopt.load(path, comm=comm), own)
+
+    ranks(body)
+
+
 @one_process
 def test_tensors_that_differ_at_another_number_of_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def write(comm: Communicator) -> None:

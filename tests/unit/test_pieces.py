@@ -44,4 +44,18 @@ def test_fingerprints_tell_tensors_apart(dtype: torch.dtype) -> None:
     assert fingerprint(tensor.T) == fingerprint(other.T.contiguous())
     other[1, 2] = 0
     assert fingerprint(tensor) != fingerprint(other)
-    assert fingerprint(tensor[:0]) == (0, 0)
+    assert fingerprint(tensor[:0]) == fingerprint(other[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
+def test_fingerprints_tell_orders_and_signs_apart(dtype: torch.dtype) -> None:
+    """The same elements at other places, two signs exchanged, and zeros with a sign."""
+    length = 2**16 + 5  # more than the numbers that words are multiplied by
+    tensors = []
+    for places in ([], [0], [2], [4], [2**15], [2**15 + 2], [length - 1], [0, 6], [2, 4]):
+        tensor = torch.zeros(length, dtype=dtype)
+        tensor[places] = 1
+        tensors.append(tensor)
+        if dtype.is_floating_point:
+            tensors += [-tensor, torch.where(torch.arange(length) % 4 == 2, tensor, -tensor)]
+    assert len({fingerprint(tensor) for tensor in tensors}) == len(tensors)
