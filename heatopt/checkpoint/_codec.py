@@ -18,6 +18,9 @@ __all__ = ["TensorTable", "decode", "dtype_name", "encode", "items_of", "name_of
 _FLOAT, _TUPLE, _DICT, _COUNTER = "$float", "$tuple", "$dict", "$counter"
 _TENSOR, _SPARSE, _DTYPE = "$tensor", "$sparse", "$dtype"
 
+# Python refuses to write, or to read, a decimal number of more than 4300 digits.
+_INT_BITS = 2**13
+
 
 class TensorTable(dict[str, torch.Tensor]):
     """Tensors by name; one that is met again under another name (tied parameters) is there once."""
@@ -53,6 +56,7 @@ class TensorTable(dict[str, torch.Tensor]):
         return unique
 
     def _unique(self, name: str) -> str:
+        name = name.encode("utf-8", "backslashreplace").decode()  # safetensors reads no lone surrogates
         unique, number = name, 1
         while unique in self or unique in self.parts:
             unique, number = f"{name}~{number}", number + 1
@@ -81,7 +85,7 @@ def encode(value: Any, name: str, tensors: TensorTable) -> Any:
 
     Raises:
         TypeError: something that a checkpoint cannot hold; the message names its place.
-        ValueError: a container that holds itself.
+        ValueError: a container that holds itself, or an integer that is too large.
     """
     try:
         return _encode(value, name, tensors)
@@ -93,6 +97,8 @@ def _encode(value: Any, name: str, tensors: TensorTable) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value if value is None or isinstance(value, bool) else str(value)
     if isinstance(value, int):
+        if value.bit_length() > _INT_BITS:
+            raise ValueError(f"{name} is an integer of {value.bit_length()} bits; a checkpoint holds up to {_INT_BITS}")
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {_FLOAT: struct.pack(">d", value).hex()}

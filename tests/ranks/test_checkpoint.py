@@ -332,6 +332,8 @@ def test_tensors_that_differ_at_another_number_of_ranks(tmp_path: Path, caplog: 
 EXTRA = {
     "numbers": [0, -1, 2**80, True, None, 0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan],
     "text": '\u00e4\n"\ud800',
+    "\ud800": torch.ones(2),
+    "\\ud800": torch.zeros(2),
     (1, "a"): {2: ("x", [()]), None: {}, 1.5: [], "$tensor": "not one"},
     "tensor": torch.tensor([[1, 2], [3, 4]])[:, 0],
     "counter": Counter("abca"),
@@ -486,6 +488,7 @@ class NotATensor:
         (None, {"background": 1}, TypeError, "background must be"),
         (None, {"extra": {"a": [1, NotATensor()]}}, TypeError, "extra/a/1 is a NotATensor"),
         (None, {"extra": {NotATensor: 1}}, TypeError, "extra has a key"),
+        (None, {"extra": [10**5000]}, ValueError, "extra/0 is an integer of 16610 bits"),
         (None, {"extra": np.zeros(2)}, TypeError, "extra is a ndarray"),
     ],
 )
