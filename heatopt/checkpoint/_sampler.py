@@ -73,6 +73,7 @@ class ResumableSampler(Sampler[int]):
         self._drawn = 0  # by this rank, since then
         self._finished = False
         self._resumes = True  # the next pass begins at `_start`, not at the beginning
+        self._pass: object = None  # whose samples count; None: no pass has begun since then
 
     @property
     def epoch(self) -> int:
@@ -99,6 +100,7 @@ class ResumableSampler(Sampler[int]):
         self._drawn = 0
         self._finished = False
         self._resumes = True
+        self._pass = None
 
     def _share(self, rank: int) -> int:
         """How many samples ``rank`` draws from ``_start`` on."""
@@ -117,11 +119,11 @@ class ResumableSampler(Sampler[int]):
         self._drawn = 0
         # A pass that is dropped half-way does not count any more.
         self._pass = current = object()
-        order = self._order()
-        for number in range(len(self)):
+        own = self._order()[self._start + self._comm.rank :: self._comm.size][: len(self)]
+        for drawn, index in enumerate(own, 1):
             if self._pass is current:
-                self._drawn = number + 1
-            yield order[self._start + number * self._comm.size + self._comm.rank]
+                self._drawn = drawn
+            yield index
         if self._pass is current:
             self._finished = True
 
@@ -129,7 +131,7 @@ class ResumableSampler(Sampler[int]):
         if not self._shuffle:
             return range(self._length)
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        order: list[int] = torch.randperm(self._length, generator=generator).tolist()
+        order: list[int] = torch.randperm(self._length, generator=generator, device="cpu").tolist()
         return order
 
     @property

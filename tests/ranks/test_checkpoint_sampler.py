@@ -131,6 +131,21 @@ def test_workers_draw_ahead() -> None:
         sampler.set_drawn(21)
 
 
+@pytest.mark.parametrize("change", ["load_state_dict", "set_epoch"])
+def test_a_pass_that_goes_on_after_a_change_does_not_count(change: str) -> None:
+    sampler = heatopt.ResumableSampler(10, shuffle=False, comm=ALONE)
+    passing = iter(sampler)
+    assert list(itertools.islice(passing, 5)) == [0, 1, 2, 3, 4]
+    if change == "load_state_dict":
+        sampler.load_state_dict(sampler.state_dict() | {"position": 2})
+    else:
+        sampler.set_epoch(3)
+    before = sampler.state_dict()
+    assert list(passing) == [5, 6, 7, 8, 9]
+    assert sampler.state_dict() == before
+    assert list(sampler) == list(range(before["position"], 10))
+
+
 def test_end_of_an_epoch() -> None:
     sampler = heatopt.ResumableSampler(6, comm=ALONE)
     first = list(sampler)
