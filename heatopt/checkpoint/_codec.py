@@ -21,6 +21,9 @@ _TENSOR, _SPARSE, _DTYPE = "$tensor", "$sparse", "$dtype"
 # Python refuses to write, or to read, a decimal number of more than 4300 digits.
 _INT_BITS = 2**13
 
+# Whoever reads needs more of Python's stack for a level than whoever writes, and may begin deeper in it.
+_MAX_DEPTH = 100
+
 
 class TensorTable(dict[str, torch.Tensor]):
     """Tensors by name; one that is met again under another name (tied parameters) is there once."""
@@ -85,15 +88,12 @@ def encode(value: Any, name: str, tensors: TensorTable) -> Any:
 
     Raises:
         TypeError: something that a checkpoint cannot hold; the message names its place.
-        ValueError: a container that holds itself, or an integer that is too large.
+        ValueError: a container that holds itself or is nested too deeply, or an integer that is too large.
     """
-    try:
-        return _encode(value, name, tensors)
-    except RecursionError:
-        raise ValueError(f"{name} holds itself, or is nested too deeply") from None
+    return _encode(value, name, tensors, 0)
 
 
-def _encode(value: Any, name: str, tensors: TensorTable) -> Any:
+def _encode(value: Any, name: str, tensors: TensorTable, depth: int) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value if value is None or isinstance(value, bool) else str(value)
     if isinstance(value, int):
@@ -108,26 +108,32 @@ def _encode(value: Any, name: str, tensors: TensorTable) -> Any:
         return {_TENSOR: tensors.add_part(name, value)}
     if isinstance(value, torch.dtype):
         return {_DTYPE: dtype_name(value)}
+    if depth > _MAX_DEPTH:
+        whole = name.partition("/")[0]
+        raise ValueError(f"{whole} holds itself, or is nested more than {_MAX_DEPTH} levels deep")
     if isinstance(value, list):
-        return [_encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+        return [_encode(item, f"{name}/{index}", tensors, depth + 1) for index, item in enumerate(value)]
     if isinstance(value, tuple):
-        return {_TUPLE: [_encode(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]}
+        return {_TUPLE: [_encode(item, f"{name}/{index}", tensors, depth + 1) for index, item in enumerate(value)]}
     if isinstance(value, dict):
-        return _encode_dict(value, name, tensors)
+        return _encode_dict(value, name, tensors, depth + 1)
     raise TypeError(
         f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; it holds None, bool, int, float, str, "
         "tensors, and lists, tuples and dicts of these"
     )
 
 
-def _encode_dict(value: dict[Any, Any], name: str, tensors: TensorTable) -> Any:
+def _encode_dict(value: dict[Any, Any], name: str, tensors: TensorTable, depth: int) -> Any:
     plain = not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value)
     if plain:
-        return {str(key): _encode(item, f"{name}/{key}", tensors) for key, item in value.items()}
+        return {str(key): _encode(item, f"{name}/{key}", tensors, depth) for key, item in value.items()}
     for key in value:
         if not (key is None or isinstance(key, (str, int, float, tuple))):
             raise TypeError(f"{name} has a key {key!r} of type {type(key).__name__}, which a checkpoint cannot hold")
-    pairs = [[_encode(k, f"{name} (a key)", tensors), _encode(v, f"{name}/{k}", tensors)] for k, v in value.items()]
+    pairs = [
+        [_encode(key, f"{name} (a key)", tensors, depth), _encode(item, f"{name}/{key}", tensors, depth)]
+        for key, item in value.items()
+    ]
     return {_COUNTER if isinstance(value, Counter) else _DICT: pairs}
 
 

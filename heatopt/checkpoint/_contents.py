@@ -10,6 +10,7 @@ import torch
 
 from heatopt.checkpoint._codec import TensorTable, dtype_name, encode
 from heatopt.comm import Communicator, world
+from heatopt.errors import CheckpointError
 from heatopt.sharding import States
 
 __all__ = [
@@ -102,9 +103,16 @@ def states_of(thing: object) -> States | None:
     return None if any(hooks) else states
 
 
-def _state_dict(thing: Any) -> Any:
+def _state_of(name: str, thing: Any) -> Any:
     states = states_of(thing)
-    return thing.state_dict() if states is None else states.state_dict_in_parts()
+    if states is not None:
+        return states.state_dict_in_parts()
+    if name == "optimizer":
+        return thing.state_dict()
+    try:
+        return thing.state_dict()
+    except Exception as error:
+        raise CheckpointError(f"the {name} cannot give its state: {type(error).__name__}: {error}") from error
 
 
 def encode_all(objects: Mapping[str, Any], extra: object, tensors: TensorTable) -> dict[str, Any]:
@@ -112,10 +120,12 @@ def encode_all(objects: Mapping[str, Any], extra: object, tensors: TensorTable) 
 
     Raises:
         TypeError: something that a checkpoint cannot hold.
+        ValueError: the same, where it is a matter of the value.
+        CheckpointError: an object other than the optimizer cannot give its state.
     """
     names = [name for name, thing in objects.items() if thing is not None]
     # The optimizer's first: ranks may meet for it, so that none may have failed before.
-    states = {name: _state_dict(objects[name]) for name in sorted(names, key=lambda name: name != "optimizer")}
+    states = {name: _state_of(name, objects[name]) for name in sorted(names, key=lambda name: name != "optimizer")}
     sections = {name: encode(states[name], name, tensors) for name in names}
     sections["extra"] = encode(extra, "extra", tensors)
     return sections

@@ -72,7 +72,7 @@ def stored(tensor: torch.Tensor) -> torch.Tensor:
 
 def extent_of(name: str, dtype: torch.dtype, numel: int = 1) -> Extent:
     """What a tensor of ``numel`` elements will take."""
-    one = stored(torch.empty(1, dtype=dtype))
+    one = stored(torch.empty(1, dtype=dtype, device="cpu"))
     return Extent(name, numel * one.numel(), one.element_size())
 
 
@@ -101,7 +101,7 @@ def pieces_of(extent: Extent, start: int, stop: int) -> list[Piece]:
 def _weights(device: torch.device) -> torch.Tensor:
     """Two rows of random numbers, the same on all ranks."""
     source = torch.Generator().manual_seed(_WEIGHTS_SEED)
-    return torch.randint(-(2**63), 2**63 - 1, (2, _WEIGHTS), generator=source).to(device)
+    return torch.randint(-(2**63), 2**63 - 1, (2, _WEIGHTS), generator=source, device="cpu").to(device)
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:

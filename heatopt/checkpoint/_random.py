@@ -17,7 +17,7 @@ def generator_states() -> dict[str, Any]:
     _, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, python_words, python_gauss = random.getstate()
     states: dict[str, Any] = {
-        "python": [version, torch.tensor(python_words), python_gauss],
+        "python": [version, torch.tensor(python_words, device="cpu"), python_gauss],
         "numpy": [torch.from_numpy(np.asarray(words, dtype=np.int64)), int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
     }

@@ -77,9 +77,10 @@ def save(
     Raises:
         TypeError: an argument of the wrong type, or a state or ``extra`` with something that a checkpoint cannot hold;
             the message names its place.
-        ValueError: ``path`` is empty.
+        ValueError: ``path`` is empty; or a state or ``extra`` holds itself, or a number of thousands of digits.
         RankMismatchError: on all ranks, if they save different things, or some are in another call of an optimizer.
-        CheckpointError: on all ranks, if one of them cannot write; whatever was at ``path`` is still there.
+        CheckpointError: on all ranks, if one of them cannot write, or its scheduler, say, cannot give its state;
+            whatever was at ``path`` is still there.
     """
     chosen = choose_communicator(comm, optimizer)
     finish_pending(chosen)
@@ -118,7 +119,7 @@ def _plan(comm: Communicator, objects: dict[str, Any], extra: object) -> tuple[M
     try:
         sections = encode_all(objects, extra, tensors)
         random = encode(generator_states(), "random", generators)
-    except (TypeError, ValueError) as caught:
+    except (TypeError, ValueError, CheckpointError) as caught:
         error = caught
     raise_together(comm, error, "save(): reading of states")
     differing = _compare(comm, sections, tensors)

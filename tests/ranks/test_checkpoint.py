@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import heatopt
+from heatopt.checkpoint import _pieces
 from heatopt.checkpoint._writing import Writer
 from heatopt.comm import ThreadWorld
 from tests.ranks._training import (
@@ -32,8 +33,10 @@ from tests.ranks._training import (
     assert_ranks_equal,
     batch,
     by_name,
+    fill,
     generator,
     net,
+    sgd,
     tensors_of,
     train,
     wrap,
@@ -153,6 +156,37 @@ def test_fused_memory(ranks: Ranks, tmp_path: Path) -> None:
         for each, module in ((optimizer, model), (other, again)):
             train(each, module, [batch(step, comm.rank) for step in range(2, 5)])
         assert_equal([again, other], [model, optimizer])
+
+    ranks(body)
+
+
+@pytest.mark.parametrize("options", [{}, {"master_dtype": torch.float32}, {"fuse": True}], ids=str)
+def test_order_in_memory(ranks: Ranks, options: dict[str, Any], tmp_path: Path) -> None:
+    """States are laid out as their parameters are. In another order some kernels round otherwise."""
+
+    def make(comm: Communicator, seed: int) -> tuple[nn.Module, heatopt.DataParallelOptimizer]:
+        model = fill(nn.Conv2d(3, 5, 3).bfloat16().to(memory_format=torch.channels_last), seed)
+        return model, wrap(comm, sgd, model, **options)
+
+    def update(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            x = torch.randn(2, 3, 5, 5, generator=generator(seed)).bfloat16()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+        model, optimizer = make(comm, 0)
+        update(model, optimizer, range(2))
+        heatopt.save(path, model=model, optimizer=optimizer)
+        again, other = make(comm, 1)
+        heatopt.load(path, model=again, optimizer=other)
+        for each, module in ((optimizer, model), (other, again)):
+            update(module, each, range(2, 5))
+        assert_equal([again, other], [model, optimizer])
+        strides = [[t.stride() for t in tensors_of(each.state_dict()["state"])] for each in (optimizer, other)]
+        assert strides[0] == strides[1]
 
     ranks(body)
 
@@ -530,6 +564,56 @@ def test_a_container_that_holds_itself(tmp_path: Path) -> None:
     comm = heatopt.comm.SingleCommunicator()
     with pytest.raises(ValueError, match="extra holds itself"):
         heatopt.save(tmp_path / "c", extra=loop, comm=comm)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_what_is_nested_deeply_can_be_read_again(kind: type[Any], tmp_path: Path) -> None:
+    comm = heatopt.comm.SingleCommunicator()
+    deep: Any = 1.5
+    for _ in range(100):
+        deep = kind([deep])
+    heatopt.save(tmp_path / "c", extra=deep, comm=comm)
+    assert heatopt.load(tmp_path / "c", comm=comm) == deep
+    with pytest.raises(ValueError, match=r"extra .*nested more than 100 levels"):
+        heatopt.save(tmp_path / "c", extra=kind([[deep]]), comm=comm)
+
+
+def test_state_that_one_rank_cannot_give(ranks: Ranks, tmp_path: Path) -> None:
+    class Broken:
+        def __init__(self, is_broken: bool) -> None:
+            self._is_broken = is_broken
+
+        def state_dict(self) -> dict[str, Any]:
+            if self._is_broken:
+                raise RuntimeError("no state")
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError
+
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+        with pytest.raises(heatopt.CheckpointError, match="the scheduler cannot give its state: RuntimeError"):
+            heatopt.save(path, scheduler=Broken(comm.rank == comm.size - 1), comm=comm)
+        heatopt.save(path, comm=comm)
+
+    ranks(body)
+
+
+def test_the_default_device_does_not_matter(ranks: Ranks, tmp_path: Path) -> None:
+    """As with torch.set_default_device("cuda"): what is made for a checkpoint is made on the CPU."""
+
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+        tensor = torch.arange(3.0)
+        sampler = heatopt.ResumableSampler(5, comm=comm)
+        with torch.device("meta"):
+            heatopt.save(path, extra=tensor, comm=comm)
+            assert_equal(heatopt.load(path, comm=comm), tensor)
+            assert len(list(sampler)) == len(sampler)
+
+    _pieces._weights.cache_clear()  # which are made once
+    ranks(body)
 
 
 def test_what_does_not_fit(ranks: Ranks, tmp_path: Path) -> None:
