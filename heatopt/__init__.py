@@ -36,6 +36,7 @@ from heatopt.errors import (
     CheckpointError,
     CollectiveTimeoutError,
     HeatoptError,
+    NoCheckpointError,
     RankFailedError,
     RankMismatchError,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "LocalSGD",
     "Muon",
     "NAdam",
+    "NoCheckpointError",
     "Optimizer",
     "RAdam",
     "RMSprop",

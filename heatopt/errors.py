@@ -8,6 +8,7 @@
         CollectiveTimeoutError   a collective operation outlasted its time-out
         RankFailedError          a rank failed, died or left while others waited for it
         CheckpointError          a checkpoint is missing, damaged or foreign
+          NoCheckpointError      there is none at the path
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "CollectiveTimeoutError",
     "HeatoptError",
+    "NoCheckpointError",
     "RankFailedError",
     "RankMismatchError",
 ]
@@ -42,3 +44,7 @@ class RankFailedError(HeatoptError):
 
 class CheckpointError(HeatoptError):
     """A checkpoint is missing, damaged, truncated or not one of heatopt's."""
+
+
+class NoCheckpointError(CheckpointError):
+    """There is no checkpoint at the path, nor beside it; raised on all ranks. A run that begins may expect it."""

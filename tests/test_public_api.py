@@ -38,6 +38,7 @@ OWN_NAMES = {
     "GradScaler",
     "HeatoptError",
     "LocalSGD",
+    "NoCheckpointError",
     "RankFailedError",
     "RankMismatchError",
     "ResumableSampler",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from heatopt.comm import Communicator
-from heatopt.errors import CheckpointError, HeatoptError, RankMismatchError
+from heatopt.errors import CheckpointError, HeatoptError, NoCheckpointError, RankMismatchError
 
 __all__ = ["describe", "raise_together"]
 
 # Errors of arguments and data, which read the same on all ranks. All others become CheckpointError, with the rank.
-_PLAIN: tuple[type[Exception], ...] = (TypeError, ValueError, RankMismatchError, CheckpointError)
+_PLAIN: tuple[type[Exception], ...] = (TypeError, ValueError, RankMismatchError, NoCheckpointError, CheckpointError)
 
 
 def describe(error: Exception | None, rank: int) -> tuple[int, str] | None:

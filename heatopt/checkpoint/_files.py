@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable
 
 from heatopt._log import logger
-from heatopt.errors import CheckpointError
+from heatopt.errors import CheckpointError, NoCheckpointError
 
 __all__ = ["MANIFEST", "discard", "find", "make_temporary", "publish", "read_text", "sync_directory", "write_file"]
 
@@ -55,15 +55,14 @@ def make_temporary(path: str) -> str:
     """
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
-    if os.path.lexists(path):
-        if not os.path.isdir(path):
-            raise CheckpointError(f"{path} is a file; a checkpoint is a directory")
-        if not all(_OURS.fullmatch(name) for name in os.listdir(path)):
-            raise CheckpointError(f"{path} is a directory with other files than a checkpoint's; it is left as it is")
-    else:
+    if _is_vacant(path):
         old = _last_replaced(path)
         if old is not None:
             os.rename(old, path)
+    elif not os.path.isdir(path):
+        raise CheckpointError(f"{path} is a file; a checkpoint is a directory")
+    elif not all(_OURS.fullmatch(name) for name in os.listdir(path)):
+        raise CheckpointError(f"{path} is a directory with other files than a checkpoint's; it is left as it is")
     for left in _siblings(path, "tmp") + _siblings(path, "old"):
         discard(left)
     temporary = f"{path}.tmp-{uuid.uuid4().hex[:8]}"
@@ -116,23 +115,31 @@ def find(path: str) -> str:
     """The directory with the checkpoint ``path``: another one if a save was killed while it exchanged names.
 
     Raises:
-        CheckpointError: there is none.
+        NoCheckpointError: there is none.
+        CheckpointError: there is something else.
     """
     if os.path.isfile(os.path.join(path, MANIFEST)):
         return path
-    if not os.path.lexists(path):
+    if _is_vacant(path):
         old = _last_replaced(path)
         if old is not None:
             return old
-        raise CheckpointError(f"there is no checkpoint {path}")
+        raise NoCheckpointError(f"there is no checkpoint {path}")
     if not os.path.isdir(path):
         raise CheckpointError(f"{path} is a file; a checkpoint is a directory")
     raise CheckpointError(f"{path} is not a checkpoint of heatopt: {os.path.join(path, MANIFEST)} is missing")
 
 
+def _is_vacant(path: str) -> bool:
+    """Nothing is at ``path``, or an empty directory: scripts make those before they start a job again."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
+
+
 def _last_replaced(path: str) -> str | None:
-    complete = [old for old in _siblings(path, "old") if os.path.isfile(os.path.join(old, MANIFEST))]
-    return complete[0] if complete else None
+    """The newest checkpoint that has lost the name ``path``; older ones are there if they could not be removed."""
+    manifests = [os.path.join(old, MANIFEST) for old in _siblings(path, "old")]
+    newest = max(filter(os.path.isfile, manifests), key=os.path.getmtime, default=None)
+    return None if newest is None else os.path.dirname(newest)
 
 
 def _siblings(path: str, kind: str) -> list[str]:

@@ -64,8 +64,9 @@ def load(
         TypeError: an argument of the wrong type.
         ValueError: ``path`` is empty; or ``optimizer``, of local updates, cannot go on from what was under way, which
             is known when the model has been loaded.
-        CheckpointError: on all ranks: there is no checkpoint, a file is missing, damaged, truncated, foreign or of a
-            newer version, or what it has does not fit. The message names it. Nothing has been loaded then.
+        NoCheckpointError: on all ranks: there is no checkpoint. A kind of CheckpointError.
+        CheckpointError: on all ranks: a file is missing, damaged, truncated, foreign or of a newer version, or what it
+            has does not fit. The message names it. Nothing has been loaded then.
         RankMismatchError: on all ranks, if they load different things, or some are in another call of an optimizer.
     """
     chosen = choose_communicator(comm, optimizer)

@@ -186,7 +186,7 @@ def test_every_call_of_the_writer(
         if replaces or path.exists():
             found = load(path, size)
         else:
-            with pytest.raises(heatopt.CheckpointError, match="there is no checkpoint"):
+            with pytest.raises(heatopt.NoCheckpointError, match="there is no checkpoint"):
                 load(path, size)
             found = 1
         outcomes.add(found)
@@ -297,12 +297,36 @@ def test_killed_between_the_renames(tmp_path: Path) -> None:
     save(path, 1, 1)
     path.rename(tmp_path / "checkpoint.old-0123abcd")
     assert load(path) == 1
+    path.mkdir()  # as a script does before it starts the job again
+    assert load(path) == 1
     (tmp_path / "checkpoint.tmp-0123abcd").mkdir()
     (tmp_path / "checkpoint.tmp-of-mine").mkdir()
     assert load(path) == 1
     save(path, 1, 2)
     assert load(path) == 2
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "checkpoint.tmp-of-mine"]
+
+
+def test_a_save_that_fails_in_a_new_empty_folder(tmp_path: Path) -> None:
+    """After another was killed between the renames."""
+    path = tmp_path / "checkpoint"
+    save(path, 1, 1)
+    path.rename(tmp_path / "checkpoint.old-0123abcd")
+    path.mkdir()
+    with installed(FaultyOS(8, False)) as faulty, pytest.raises(heatopt.CheckpointError):
+        save(path, 1, 2)
+    assert "mkdir" in [name for name, _ in faulty.calls]
+    assert load(path) == 1
+
+
+def test_the_newest_of_replaced_checkpoints(tmp_path: Path) -> None:
+    """Others are left where a save could not remove them."""
+    path = tmp_path / "checkpoint"
+    for number, name in enumerate(["b", "c", "a"]):
+        save(path, 1, number)
+        os.utime(path / "manifest.json", (number, number))
+        path.rename(tmp_path / f"checkpoint.old-{name * 8}")
+    assert load(path) == 2
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
