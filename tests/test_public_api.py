@@ -358,7 +358,8 @@ def test_public_functions_are_annotated() -> None:
 
 def test_hierarchy_of_errors() -> None:
     assert heatopt.HeatoptError.__bases__ == (RuntimeError,)
-    for name in set(errors.__all__) - {"HeatoptError"}:
+    assert heatopt.NoCheckpointError.__bases__ == (heatopt.CheckpointError,)
+    for name in set(errors.__all__) - {"HeatoptError", "NoCheckpointError"}:
         assert getattr(errors, name).__bases__ == (heatopt.HeatoptError,)
 
 
