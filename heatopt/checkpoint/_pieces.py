@@ -112,7 +112,7 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
     """
     flat = stored(tensor)
     weights = _weights(flat.device)
-    parts = flat.view(_WORDS.get(flat.element_size(), torch.int32)).split(_WEIGHTS)
+    parts = torch.split(flat.view(_WORDS.get(flat.element_size(), torch.int32)), _WEIGHTS)
     sums = [(part * weights[:, : part.numel()]).sum(1) for part in parts if part.numel()]
     totals = [0, 0]
     for number, pair in enumerate(torch.stack(sums).tolist() if sums else []):

@@ -217,7 +217,10 @@ def replace_entry(state: dict[str, Any], name: str, value: Any) -> None:
 
 
 def uncast(loaded: Any, saved: Any) -> Any:
-    """``loaded``, what torch has made of ``saved``, with the tensors of ``saved`` where the dtypes differ."""
+    """``loaded``, what torch has made of ``saved``, with tensors of ``saved`` where the dtypes differ, and its texts.
+
+    torch takes a text for a sequence of values to be cast, and makes the text of a generator of it.
+    """
     if isinstance(loaded, torch.Tensor) and isinstance(saved, torch.Tensor):
         return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
     if isinstance(loaded, dict) and isinstance(saved, dict):
@@ -227,4 +230,4 @@ def uncast(loaded: Any, saved: Any) -> Any:
         return loaded
     if isinstance(loaded, (list, tuple)) and isinstance(saved, (list, tuple)) and len(loaded) == len(saved):
         return type(loaded)(uncast(one, other) for one, other in zip(loaded, saved, strict=True))
-    return loaded
+    return saved if isinstance(saved, str) else loaded

@@ -566,6 +566,22 @@ def test_a_container_that_holds_itself(tmp_path: Path) -> None:
         heatopt.save(tmp_path / "c", extra=loop, comm=comm)
 
 
+def test_texts_in_states(ranks: Ranks, tmp_path: Path) -> None:
+    """torch's own load_state_dict does not give them back."""
+
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+        model, optimizer = wrapped(by_name["SGD"], comm)
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {"note": "text", "more": [{"a": "b"}, ("c", 1)]}
+        heatopt.save(path, optimizer=optimizer)
+        _, other = wrapped(by_name["SGD"], comm)
+        heatopt.load(path, optimizer=other)
+        assert other.state_dict() == optimizer.state_dict()
+
+    ranks(body)
+
+
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_what_is_nested_deeply_can_be_read_again(kind: type[Any], tmp_path: Path) -> None:
     comm = heatopt.comm.SingleCommunicator()
