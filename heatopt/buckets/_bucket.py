@@ -191,12 +191,15 @@ class Bucket(GradientBucket):
             # Someone exchanged a view's storage (`grad.data = ...`, module conversion): make it anew.
             for position in range(len(self._views)):
                 self._view(position)
-        if self._are_new(gradients):
+        in_place = all(map(is_, gradients, self._views))  # backward has accumulated into the memory
+        if in_place or self._are_new(gradients):
             self._present = [True] * len(gradients)
-            torch._foreach_copy_(self._views, gradients)
             self._flags.fill_(1)
-            for parameter, view in zip(self.parameters, self._views, strict=True):
-                parameter.grad = None if detach else view
+            if not in_place:
+                torch._foreach_copy_(self._views, gradients)
+            if detach or not in_place:
+                for parameter, view in zip(self.parameters, self._views, strict=True):
+                    parameter.grad = None if detach else view
             return
         present = self._present = [g is not None and self.fits(g) for g in gradients]
         targets: list[torch.Tensor] = []

@@ -2,8 +2,9 @@
 
 [Note: Tuning]
 What the user left open (``blocking=None``, ``bucket_mb=None``) changes the speed of a step and nothing else: results
-are bit-identical. So the first steps try a few candidates in turn, twice, because machines drift. Each step counts as
-long as the slowest rank says, and every rank sees what all say, so all ranks make the same choice at the same step.
+are bit-identical. So the first steps try a few candidates in turn, twice, because machines drift. A candidate is
+compared with the default of the same turn, and must win both times: an accident seldom happens twice. Each step counts
+as long as the slowest rank says, and every rank sees what all say, so all ranks make the same choice at the same step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _STEPS = 4
 _WORTH_IT = 0.98
 
 
-def candidates(blocking: bool | None, bucket_mb: float | None, overlaps: bool, gradient_bytes: int = 0) -> list[Choice]:
+def candidates(blocking: bool | None, bucket_mb: float | None, overlaps: bool, gradient_bytes: int) -> list[Choice]:
     """What to try, the default first: of what the user left open (None), all that may pay.
 
     Args:
@@ -45,12 +46,12 @@ def candidates(blocking: bool | None, bucket_mb: float | None, overlaps: bool, g
         bucket_mb: the user's choice.
         overlaps: True if non-blocking reductions are known to pay here: between nodes, and in shared memory.
         gradient_bytes: size of all buckets. Another bucket size means new buckets beside the old ones for a moment, so
-            it is not tried where they are large.
+            it is not tried where they are large; nor where all gradients are in one bucket with either size.
     """
     manners = [blocking] if blocking is not None else ([False, True] if overlaps else [True, False])
     sizes = [bucket_mb] if bucket_mb is not None else [DEFAULT.bucket_mb]
     if bucket_mb is None and gradient_bytes <= _LARGE_BYTES:
-        sizes += [2.0, 32.0]
+        sizes += [size for size in (2.0, 32.0) if min(size, DEFAULT.bucket_mb) * 2**20 < gradient_bytes]
     first = Choice(manners[0], sizes[0])
     return [first, *(Choice(m, sizes[0]) for m in manners[1:]), *(Choice(manners[0], s) for s in sizes[1:])]
 
@@ -97,9 +98,12 @@ class Tuner:
         return self.choice != before
 
     def _fastest(self) -> Choice:
-        medians = [statistics.median(times) for times in self._seconds]
-        best = min(range(len(medians)), key=medians.__getitem__)
-        return self._options[best if medians[best] < _WORTH_IT * medians[0] else 0]
+        count = _STEPS - 1  # of times in a turn
+        starts = range(0, _PASSES * count, count)
+        turns = [[statistics.median(times[k : k + count]) for k in starts] for times in self._seconds]
+        ratios = [max(own / default for own, default in zip(times, turns[0], strict=True)) for times in turns]
+        best = min(range(len(ratios)), key=ratios.__getitem__)
+        return self._options[best if ratios[best] < _WORTH_IT else 0]
 
     def report(self) -> dict[str, Any]:
         """The choice, and the median seconds of a step with each candidate that has been tried."""

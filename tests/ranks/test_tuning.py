@@ -7,15 +7,32 @@ import torch
 
 import heatopt
 from heatopt.comm import Communicator
-from tests.ranks._training import assert_equal, assert_ranks_equal, batch, loss_of, net, sgd
+from tests.ranks._training import (
+    FEATURES,
+    OUTPUTS,
+    assert_equal,
+    assert_ranks_equal,
+    batch,
+    fill,
+    loss_of,
+    net,
+    sgd,
+)
 from tests.support.ranks import Ranks
 
 STEPS = 45  # more than all trials
 
 
+def large_net() -> torch.nn.Module:
+    """A network of 3.2 MiB: one bucket of the default size, two of the smallest that is tried out."""
+    layers = [torch.nn.Linear(FEATURES, 450), torch.nn.Tanh(), torch.nn.Linear(450, 450), torch.nn.Tanh()]
+    layers += [torch.nn.Linear(450, 450), torch.nn.Linear(450, OUTPUTS)]
+    return fill(torch.nn.Sequential(*layers).double())
+
+
 def test_tuned_training_has_the_same_bits(ranks: Ranks) -> None:
     def train(comm: Communicator, **options: object) -> tuple[torch.nn.Module, heatopt.DataParallelOptimizer]:
-        model = net()
+        model = large_net()
         optimizer = heatopt.DataParallelOptimizer(sgd(model), model=model, comm=comm, **options)  # type: ignore[arg-type]
         for step in range(STEPS):
             optimizer.zero_grad(set_to_none=step % 2 == 0)
@@ -31,7 +48,7 @@ def test_tuned_training_has_the_same_bits(ranks: Ranks) -> None:
         if comm.size > 1:
             report = optimizer.report()
             assert report["tuned"]
-            assert len(report["trials"]) == 4
+            assert [trial["bucket_mb"] for trial in report["trials"]] == [8.0, 8.0, 2.0]
             choices = comm.all_gather_object((report["blocking"], report["bucket_mb"]))
             assert len(set(choices)) == 1
             assert other.report()["tuned"]
