@@ -21,6 +21,7 @@ import torch
 
 from heatopt.buckets._bucket import GradientBucket, scale_in_place, strides_of_gradient
 from heatopt.buckets._layout import BucketPlan, Piece, aligned
+from heatopt.errors import HeatoptError
 
 __all__ = ["RowPlan", "ScatteredBucket", "plan_rows"]
 
@@ -177,6 +178,11 @@ class ScatteredBucket(GradientBucket):
             if gradient is None or not present[position]:
                 place.zero_()
                 continue
+            if gradient.numel() != self.plan.slots[position].numel:
+                raise HeatoptError(
+                    f"{self.plan.names[position]} has got data with another number of elements since it was divided "
+                    "among the ranks; make a new DataParallelOptimizer for a parameter of another shape"
+                )
             gradient = gradient.detach()
             targets.append(place)
             sources.append(gradient if whole else gradient.reshape(-1)[piece.start : piece.stop])

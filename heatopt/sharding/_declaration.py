@@ -60,6 +60,7 @@ def check_shardable(optimizer: torch.optim.Optimizer, shard: str) -> None:
             f"shard='state' can shard LBFGS itself, but not {type(optimizer).__name__}: what a subclass computes with "
             "vectors over all parameters is not known; use shard='none'"
         )
+    _refuse_delegation(optimizer, f"shard={shard!r}")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError(f"shard={shard!r} cannot update parameter groups with differentiable=True; use shard='none'")
 
@@ -72,8 +73,20 @@ def check_takes_masters(optimizer: torch.optim.Optimizer) -> None:
             f"master_dtype cannot be used with {name}, whose closure needs the parameters rounded within a step; leave "
             "it out, and give the model parameters of a wider dtype"
         )
+    _refuse_delegation(optimizer, "master_dtype")
     if any(group.get("differentiable") for group in optimizer.param_groups):
         raise ValueError("master_dtype cannot be used with parameter groups with differentiable=True; leave it out")
+
+
+def _refuse_delegation(optimizer: torch.optim.Optimizer, setting: str) -> None:
+    """Raise ValueError if another optimizer makes the updates of ``optimizer``, with groups of its own."""
+    for name, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ValueError(
+                f"{setting} cannot be used with {type(optimizer).__name__}, which has another optimizer, {name!r}, "
+                "update the parameters: that one would not see the tensors that are to be updated in their place; "
+                "wrap that one, or leave the setting out"
+            )
 
 
 def keeps_state(optimizer: torch.optim.Optimizer) -> bool:

@@ -38,9 +38,10 @@ class MemberUpdate:
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Masters | None) -> None:
         self._optimizer = optimizer
         self._masters = masters
-        self.torch_step: Callable[..., Any] = inspect.unwrap(type(optimizer).step)
+        is_torchs = manner_of(optimizer) is not Manner.UNKNOWN
+        self.torch_step: Callable[..., Any] = _unhooked(type(optimizer).step, keep_decorators=not is_torchs)
         """The class's own step, without hooks, as a function of an optimizer and the arguments."""
-        self._takes_closure = manner_of(optimizer) is Manner.UNKNOWN
+        self._takes_closure = not is_torchs
 
     def evaluate(self, closure: Callable[[], Any] | None) -> tuple[Any, tuple[Any, ...]]:
         """Call the closure, once, and return the loss, and the arguments of the update that is to follow."""
@@ -99,7 +100,7 @@ class MemberStepper:
 
     def __init__(self, optimizer: torch.optim.Optimizer, masters: Masters) -> None:
         self._update = MemberUpdate(optimizer, masters)
-        self._hooked_step = HookedStep(optimizer, self._step)
+        self._hooked_step = HookedStep(optimizer, self._step, "master_dtype")
 
     @outside_graphs
     def step(self, *arguments: Any, **keywords: Any) -> Any:
@@ -111,6 +112,13 @@ class MemberStepper:
         with torch.no_grad():
             self._update.update_whole(arguments)
         return loss
+
+
+def _unhooked(step: Callable[..., Any], keep_decorators: bool) -> Callable[..., Any]:
+    """``step`` without what torch wraps around it; its other decorators, of which torch's switch gradients off."""
+    if keep_decorators:
+        return inspect.unwrap(step, stop=lambda found: not getattr(found, "hooked", False))
+    return inspect.unwrap(step)
 
 
 def _once(loss: Any) -> Callable[[], Any]:

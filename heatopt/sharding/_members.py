@@ -148,11 +148,15 @@ class PieceMembers(Members):
         self._took += [m.tensor for m in others if m.take_gradient(None)]
 
     def _take_pieces(self) -> None:
-        gradients = list(map(_GRADIENT, self._cut_parameters))
-        there = are_there(gradients)
-        flat = map(torch.Tensor.reshape, map(torch.Tensor.detach, compress(gradients, there)), repeat((-1,)))
-        starts, lengths = compress(self._starts, there), compress(self._lengths, there)
+        found = list(map(_GRADIENT, self._cut_parameters))
+        there = are_there(found)
+        gradients: Any = list(compress(found, there))
         self._took = list(compress(self._cut, there))
+        if list(map(_KIND, gradients)) != list(map(_KIND, self._took)):
+            super().take_gradients({})
+            return
+        flat = map(torch.Tensor.reshape, map(torch.Tensor.detach, gradients), repeat((-1,)))
+        starts, lengths = compress(self._starts, there), compress(self._lengths, there)
         _set_gradients(self._took, map(torch.Tensor.narrow, flat, repeat(0), starts, lengths))
 
     def finish(self, state: Any) -> None:

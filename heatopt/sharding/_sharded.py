@@ -79,7 +79,7 @@ class ShardedStates(States):
             logger.warning("%s is not torch's own: sharded by whole tensors", type(optimizer).__name__)
         self._masters = masters
         self._member_update = MemberUpdate(optimizer, masters)
-        self._hooked_step = HookedStep(optimizer, self._step)
+        self._hooked_step = HookedStep(optimizer, self._step, "shard")
         self._layout = layout
         self._owned = Ownership({}, frozenset()) if layout is None else layout.ownership()
         self._views: Views | None = None

@@ -13,6 +13,7 @@ from torch import nn
 import heatopt
 from heatopt import DataParallelOptimizer
 from heatopt.comm import Communicator, ThreadWorld
+from heatopt.errors import HeatoptError
 from tests.ranks._sharding import SHARDS, assert_alike, assert_close, assert_same_bits
 from tests.support import parity
 from tests.support.launch import LAUNCH
@@ -411,6 +412,21 @@ def test_new_plans_keep_what_was_accumulated(ranks: Ranks, what: str) -> None:
             train(optimizer, net.losses(comm.size, comm.rank))
             results.append(parity.snapshot(net, optimizer))
         assert_close(results, 1e-5 if "convert" in what else 1e-12)
+
+    ranks(body, min_size=2)
+
+
+def test_data_of_another_size_is_refused(ranks: Ranks) -> None:
+    """What it has more than before would get no update, without a word."""
+
+    def body(comm: Communicator) -> None:
+        table = torch.nn.Parameter(torch.ones(5, 3))
+        optimizer = DataParallelOptimizer(torch.optim.SGD([table], lr=0.1), comm=comm, shard="gradients")
+        table.sum().backward()
+        optimizer.step()
+        table.data = torch.ones(9, 3)
+        with pytest.raises(HeatoptError, match=r"group0\.param0 has got data with another number of elements"):
+            table.sum().backward()
 
     ranks(body, min_size=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,6 +229,68 @@ def test_unknown_algorithms_get_whole_tensors(ranks: Ranks, caplog: pytest.LogCa
     assert "Odd is not torch's own" in caplog.text
 
 
+def stepping_half_as_far(step: Any) -> Any:
+    """A decorator of a user's ``step``, as transparent as ``functools.wraps`` makes it."""
+
+    @functools.wraps(step)
+    def half(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+        self.param_groups[0]["lr"] /= 2
+        return step(self, closure)
+
+    return half
+
+
+class Decorated(torch.optim.SGD):
+    """Halves its learning rate before each update."""
+
+    @stepping_half_as_far
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_decorators_of_a_step_are_kept(ranks: Ranks) -> None:
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        train(optimizer, losses)
+        assert optimizer.param_groups[0]["lr"] == 0.1 / 2 ** len(losses)
+
+    ranks(lambda comm: assert_alike(comm, lambda net: Decorated(net.parameters(), lr=0.1), run))
+
+
+@pytest.mark.parametrize("setting", [{"shard": "state"}, {"shard": "gradients"}, {"master_dtype": torch.float32}])
+def test_a_step_replaced_on_the_wrapped_optimizer_is_refused(ranks: Ranks, setting: dict[str, Any]) -> None:
+    """It would update whole parameters, of which this rank has not got the gradients, the states or the masters."""
+
+    def body(comm: Communicator) -> None:
+        weight = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
+        plain = torch.optim.AdamW([weight])
+        optimizer = DataParallelOptimizer(plain, comm=comm, **setting)
+        own = plain.step
+        plain.step = lambda *arguments: own(*arguments)  # type: ignore[method-assign, misc]
+        weight.sum().backward()
+        with pytest.raises(HeatoptError, match=f"step of this AdamW was replaced .* leave out {next(iter(setting))}"):
+            optimizer.step()
+        del plain.step
+        optimizer.step()
+        assert bool((weight < 1).all())
+
+    ranks(body, min_size=1 if "master_dtype" in setting else 2)
+
+
+def test_wide_gradients_of_narrow_parameters(ranks: Ranks) -> None:
+    """``grad_dtype`` alone, for an algorithm of torch's that takes such gradients."""
+
+    def run(net: Net, optimizer: Any, losses: Any) -> None:
+        for parameter in net.parameters():
+            parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+            parameter.grad = torch.full_like(parameter, 2.0**-9, dtype=torch.float32)
+        optimizer.step()
+
+    def make(net: Net) -> torch.optim.Optimizer:
+        return torch.optim.SGD(net.to(torch.bfloat16).parameters(), lr=8.0)
+
+    ranks(lambda comm: assert_alike(comm, make, run))
+
+
 @each_kind
 def test_an_update_that_fails_on_one_rank(ranks: Ranks, shard: str) -> None:
     """All ranks raise at once, with the cause, and are equal: what others own is updated. They can train on."""
@@ -311,6 +374,24 @@ def test_what_cannot_be_sharded() -> None:
         DataParallelOptimizer(torch.optim.SGD([parameter]), shard="state", fuse=True)
     with pytest.raises(ValueError, match="differentiable"):
         DataParallelOptimizer(torch.optim.SGD([parameter], differentiable=True), shard="state")
+
+
+class Delegating(torch.optim.Optimizer):
+    """Has its parameters updated by an optimizer of its own, as published implementations of Lookahead and SAM do."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.fast = torch.optim.SGD(parameters, lr=0.1)
+        super().__init__(self.fast.param_groups, {})
+
+    def step(self, closure: Any = None) -> Any:
+        return self.fast.step(closure)
+
+
+@pytest.mark.parametrize("setting", [{"shard": "state"}, {"shard": "gradients"}, {"master_dtype": torch.float32}])
+def test_optimizers_that_delegate_are_refused(setting: dict[str, Any]) -> None:
+    """The one inside would find no gradients, or its updates would be overwritten by masters."""
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}.* Delegating, which has another optimizer, 'fast'"):
+        DataParallelOptimizer(Delegating([nn.Parameter(torch.ones(2))]), **setting)
 
 
 def test_ranks_must_agree(ranks: Ranks) -> None:
