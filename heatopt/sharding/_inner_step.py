@@ -46,7 +46,7 @@ class HookedStep:
         """Call the user's own step, which updates the parameters themselves."""
         if self._setting:
             raise HeatoptError(
-                f"the step of this {type(self._optimizer).__name__} was replaced on the object (by torch.compile, say); "
+                f"the step of this {type(self._optimizer).__name__} was replaced on the object, by torch.compile, say; "
                 f"what stands there would update whole parameters, and {self._setting} would have no part in it; "
                 f"replace the step of the DataParallelOptimizer instead, or leave out {self._setting}"
             )

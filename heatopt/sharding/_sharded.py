@@ -204,6 +204,8 @@ class ShardedStates(States):
     # States
 
     def gather(self, root: int | None = None) -> None:
+        if self._keep_whole:  # by all ranks, of which some may be at the end of join() already
+            return
         whole = self._ask_who_is_whole()
         root_has_all = root is not None and whole[root] is not None
         if not root_has_all:
@@ -309,6 +311,9 @@ class ShardedStates(States):
 
     def set(self, parameter: torch.Tensor, name: str, value: Any) -> None:
         index = self.require(parameter)
+        if self._keep_whole:
+            self._set_own_part(index, parameter, name, value)
+            return
         self._all_are_whole()
         error = None
         try:

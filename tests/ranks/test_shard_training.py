@@ -103,6 +103,39 @@ def test_join(ranks: Ranks) -> None:
     ranks(body)
 
 
+def test_states_of_one_parameter_inside_join(ranks: Ranks) -> None:
+    """Each rank reads and writes its own, whether others have data left or not."""
+
+    def run(net: Net, optimizer: Any, losses: Any) -> list[Any]:
+        rank = optimizer._comm.rank
+        found = []
+        with optimizer.join():
+            for step in range(1 + rank):
+                train(optimizer, losses[:1])
+                state = optimizer.get_states(net.first)["exp_avg"]
+                found.append(state.shape)
+                optimizer.set_states(net.first, "exp_avg", state * (step + 2))
+        assert found == [net.first.shape] * (1 + rank)
+        return [optimizer.get_states(net.first)]
+
+    ranks(lambda comm: assert_alike(comm, adamw, run))
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_groups_cannot_be_added_inside_join(ranks: Ranks, shard: str) -> None:
+    def add_on_some_ranks(comm: Communicator) -> None:
+        optimizer = DataParallelOptimizer(adamw(Net()), comm=comm, shard=shard)
+        with optimizer.join():
+            if comm.rank:
+                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+    def body(comm: Communicator) -> None:
+        with pytest.raises(heatopt.RankMismatchError, match=r"join\(\)"):
+            add_on_some_ranks(comm)
+
+    ranks(body, min_size=2)
+
+
 @each_kind
 def test_hooks_fire_once(ranks: Ranks, shard: str) -> None:
     def body(comm: Communicator) -> None:
