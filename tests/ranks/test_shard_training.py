@@ -295,7 +295,7 @@ def test_a_step_replaced_on_the_wrapped_optimizer_is_refused(ranks: Ranks, setti
 
     def body(comm: Communicator) -> None:
         weight = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
-        plain = torch.optim.AdamW([weight])
+        plain = torch.optim.AdamW([weight], lr=0.5)
         optimizer = DataParallelOptimizer(plain, comm=comm, **setting)
         own = plain.step
         plain.step = lambda *arguments: own(*arguments)  # type: ignore[method-assign, misc]
