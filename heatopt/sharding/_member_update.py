@@ -116,9 +116,9 @@ class MemberStepper:
 
 def _unhooked(step: Callable[..., Any], keep_decorators: bool) -> Callable[..., Any]:
     """``step`` without what torch wraps around it; its other decorators, of which torch's switch gradients off."""
-    if keep_decorators:
-        return inspect.unwrap(step, stop=lambda found: not getattr(found, "hooked", False))
-    return inspect.unwrap(step)
+    stop = (lambda found: not getattr(found, "hooked", False)) if keep_decorators else None
+    unhooked: Callable[..., Any] = inspect.unwrap(step, stop=stop)
+    return unhooked
 
 
 def _once(loss: Any) -> Callable[[], Any]:
