@@ -58,6 +58,8 @@ class Member:
         gradient = self.gradient(kept)
         if kept is not None:  # the model may have been converted since
             gradient = kept.to(self.tensor.device, gradient_dtype(self.parameter))
+        if gradient is not None and gradient.dtype is not gradient_dtype(self.tensor):
+            self.tensor.grad_dtype = gradient.dtype  # as the parameter has it
         self.tensor.grad = gradient
         return True
 
