@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -25,12 +26,6 @@ STORED_AS = {
     torch.uint8: "U8",
 }
 """What safetensors calls them. Complex tensors are stored as pairs, all others as bytes."""
-
-_WORDS = {1: torch.uint8, 2: torch.int16}
-# Of fingerprints. So few weights that they stay in the cache; words further on have the same, times powers of a factor.
-_WEIGHTS = 2**15
-_WEIGHTS_SEED = 2
-_PART_FACTOR = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -97,25 +92,10 @@ def pieces_of(extent: Extent, start: int, stop: int) -> list[Piece]:
     return [Piece(extent.name, first, min(first + step, stop)) for first in range(start, stop, step)]
 
 
-@cache
-def _weights(device: torch.device) -> torch.Tensor:
-    """Two rows of random numbers, the same on all ranks."""
-    source = torch.Generator().manual_seed(_WEIGHTS_SEED)
-    return torch.randint(-(2**63), 2**63 - 1, (2, _WEIGHTS), generator=source, device="cpu").to(device)
-
-
 def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
-    """Two numbers that differ, but for a freak of chance, where the bits of two tensors differ.
-
-    Each is a sum over words of at most 32 bits, every one multiplied by a random number of its place, modulo 2^64.
-    Sums without them would be those of any other order; a wider word would lose its upper bits to the modulus.
-    """
-    flat = stored(tensor)
-    weights = _weights(flat.device)
-    parts = torch.split(flat.view(_WORDS.get(flat.element_size(), torch.int32)), _WEIGHTS)
-    sums = [(part * weights[:, : part.numel()]).sum(1) for part in parts if part.numel()]
-    totals = [0, 0]
-    for number, pair in enumerate(torch.stack(sums).tolist() if sums else []):
-        scale = pow(_PART_FACTOR, number, 2**64)
-        totals = [(total + scale * value) % 2**64 for total, value in zip(totals, pair, strict=True)]
-    return totals[0] - 2**63, totals[1] - 2**63
+    """Two words that differ, but for a freak of chance, where the bits of two tensors differ: BLAKE2b, 128 bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in torch.split(stored(tensor).view(torch.uint8), PIECE_BYTES):
+        digest.update(part.cpu().numpy().data)
+    first, second = struct.unpack("<qq", digest.digest())
+    return first, second

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import heatopt
-from heatopt.checkpoint import _pieces
 from heatopt.checkpoint._writing import Writer
 from heatopt.comm import ThreadWorld
 from tests.ranks._training import (
@@ -628,7 +627,6 @@ def test_the_default_device_does_not_matter(ranks: Ranks, tmp_path: Path) -> Non
             assert_equal(heatopt.load(path, comm=comm), tensor)
             assert len(list(sampler)) == len(sampler)
 
-    _pieces._weights.cache_clear()  # which are made once
     ranks(body)
 
 

@@ -49,8 +49,6 @@ RESTRICTED_TO = "heatopt.comm."
 # State of the process, and the constants that Python can only write as mutable objects.
 GLOBALS = {
     ("heatopt.checkpoint._pieces", "STORED_AS"): "constant table: names of dtypes",
-    ("heatopt.checkpoint._pieces", "_WORDS"): "constant table: integers by size",
-    ("heatopt.checkpoint._pieces", "_weights"): "constant numbers by device: always the same ones, made once",
     ("heatopt.checkpoint._writing", "_pending"): "weak: the save that a communicator's ranks have not waited for",
     ("heatopt.comm", "_ON_DEMAND"): "constant table: module of each name that is loaded at its first use",
     ("heatopt.comm._cuda_aware", "mpi_reads_cuda_memory"): "cache: the probe costs a process",

@@ -50,7 +50,7 @@ def test_fingerprints_tell_tensors_apart(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.float64])
 def test_fingerprints_tell_orders_and_signs_apart(dtype: torch.dtype) -> None:
     """The same elements at other places, two signs exchanged, and zeros with a sign."""
-    length = 2**16 + 5  # more than the numbers that words are multiplied by
+    length = 2**16 + 5
     tensors = []
     for places in ([], [0], [2], [4], [2**15], [2**15 + 2], [length - 1], [0, 6], [2, 4]):
         tensor = torch.zeros(length, dtype=dtype)
