@@ -12,7 +12,7 @@ from torch import nn
 
 import heatopt
 from heatopt.comm import SimulatedCommunicator, SimulatedWorld, ThreadWorld
-from heatopt.errors import RankMismatchError
+from heatopt.errors import HeatoptError, RankMismatchError
 from tests.ranks._compression import (
     STEPS,
     TOP,
@@ -349,11 +349,21 @@ def test_refusals(ranks: Ranks) -> None:
         with pytest.raises(ValueError, match=r"the residual of '0.bias' has shape \(2,\), but the parameter \(6,\)"):
             optimizer.load_state_dict({**saved, "residuals": {"0.bias": torch.zeros(2)}})
         optimizer.step()
-        other = net()
-        optimizer = wrap(comm, sgd, other, compression=Crooked())
-        for p in other.parameters():
+
+    ranks(body, min_size=2)
+
+
+def test_a_policy_that_fails_takes_its_rank_out(ranks: Ranks) -> None:
+    """Other ranks may have gone on: whoever catches the error cannot."""
+
+    def body(comm: Communicator) -> None:
+        own, model = comm.split(0), net()  # its own, since it becomes unusable
+        optimizer = wrap(own, sgd, model, compression=Crooked())
+        for p in model.parameters():
             p.grad = torch.ones_like(p)
         with pytest.raises(ValueError, match=r"compress\(\) must return indices .* 2 of 3; it returned"):
+            optimizer.step()
+        with pytest.raises(HeatoptError, match=rf"rank {comm.rank} was interrupted in step\(\) of SGD"):
             optimizer.step()
 
     ranks(body, min_size=2)
