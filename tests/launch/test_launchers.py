@@ -70,7 +70,7 @@ def test_mpirun_without_mpi4py(tmp_path: Path) -> None:
     job = launch("where.py", env={"PYTHONPATH": blocked_module(tmp_path, "mpi4py")})
     assert job.returncode != 0
     assert job.stdout == ""
-    assert re.search(r"RuntimeError: 2 processes were started .*mpi4py.*pip install 'heatopt\[mpi\]'", job.stderr)
+    assert re.search(r"2 processes were started .*mpi4py.*pip install 'heatopt\[mpi\]'", job.stderr)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,8 @@ def test_wrong_setting_in_the_environment(name: str, value: str, kind: Kind) -> 
     job = launch("where.py", size=1 if kind == "none" else 2, kind=kind, env={name: value})
     assert job.returncode != 0
     assert job.stdout == ""
-    assert re.search(rf"ValueError: environment variable {name} must be .*got '?{value}", job.stderr), job.text
+    # Without the error's type: what two ranks write at once is mixed, piece by piece.
+    assert re.search(rf"environment variable {name} must be .*got '?{value}", job.stderr), job.text
 
 
 def test_program_is_run_by_this_python() -> None:
