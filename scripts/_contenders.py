@@ -16,9 +16,9 @@ from torch import nn
 import heatopt
 from heatopt.comm import Communicator
 
-__all__ = ["CONTENDERS", "DDP", "FLOOR", "Contender"]
+__all__ = ["CONTENDERS", "DDP", "FLOOR", "MEETING", "Contender"]
 
-FLOOR, DDP = "no synchronisation", "DDP gloo"
+FLOOR, MEETING, DDP = "no synchronisation", "meeting only", "DDP gloo"
 # FSDP2 gathers and reduces layers of at least this size by themselves, and the smaller ones together.
 _FSDP_UNIT_BYTES = 2**20
 
@@ -44,6 +44,20 @@ class Contender:
         return hashlib.sha256(b"".join(p.contiguous().numpy().tobytes() for p in whole)).hexdigest()[:12]
 
 
+class _MeetingContender(Contender):
+    """Ranks wait for each other in every step, and exchange nothing: no synchronous method can be faster."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, comm: Communicator) -> None:
+        super().__init__(model, model, optimizer)
+        self._comm = comm
+
+    def step(self, workload: Workload, batch: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        workload.loss(self.forward, batch).backward()
+        self._comm.barrier()
+        self.optimizer.step()
+
+
 class _EngineContender(Contender):
     """DeepSpeed's engine makes the whole step."""
 
@@ -54,6 +68,10 @@ class _EngineContender(Contender):
 
 def _plain(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
     return Contender(model, model, workload.make_optimizer(list(model.parameters())))
+
+
+def _meeting(comm: Communicator, workload: Workload, model: nn.Module) -> Contender:
+    return _MeetingContender(model, workload.make_optimizer(list(model.parameters())), comm)
 
 
 def _heatopt(comm: Communicator, workload: Workload, model: nn.Module, **options: Any) -> Contender:
@@ -126,6 +144,7 @@ def _deepspeed(comm: Communicator, workload: Workload, model: nn.Module) -> Cont
 
 CONTENDERS: dict[str, Callable[[Communicator, Workload, nn.Module], Contender]] = {
     FLOOR: _plain,
+    MEETING: _meeting,
     "heatopt": _heatopt,
     'heatopt shard="state"': partial(_heatopt, shard="state"),
     'heatopt shard="gradients"': partial(_heatopt, shard="gradients"),

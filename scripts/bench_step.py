@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time a training step of heatopt against the same step without synchronisation and against other packages.
 
-    python scripts/bench_step.py --ranks 2 --json out.json
+    python scripts/bench_step.py --ranks 2 --launches 3 --json out.json
 
 Each contender has processes of its own, started by mpirun, with the same initial weights, data and inner optimizer.
 They take turns on the same cores within each round; a ratio is the median of the ratios within the rounds, so that a
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _contenders import CONTENDERS, DDP, FLOOR, Contender
+from _contenders import CONTENDERS, DDP, FLOOR, MEETING, Contender
 from _jobs import Job, JobError, serve
 from _measuring import median_ratio, setting, write_results
 from _workloads import WORKLOADS
@@ -74,6 +74,22 @@ class Stage:
 
 def measure(workload: str, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds per step of the slowest rank, by contender and round, and what their parameters have become."""
+    launches = [measure_once(workload, options) for _ in range(options.launches)]
+    whole = launches[0]
+    for other in launches[1:]:
+        whole["missing"] |= other["missing"]
+        for name in [name for name in whole["milliseconds"] if name in other["missing"]]:
+            del whole["milliseconds"][name]
+        for name, times in whole["milliseconds"].items():
+            times += other["milliseconds"][name]
+        for name, digest in whole["parameters after 5 steps"].items():
+            if other["parameters after 5 steps"].get(name, digest) not in digest:
+                whole["parameters after 5 steps"][name] += f" and {other['parameters after 5 steps'][name]}"
+    return whole
+
+
+def measure_once(workload: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The same for one set of processes: how their memory happens to lie makes a tenth of the time of large models."""
     jobs: dict[str, Job] = {}
     digests: dict[str, str] = {}
     missing: dict[str, str] = {}
@@ -88,7 +104,7 @@ def measure(workload: str, options: argparse.Namespace) -> dict[str, Any]:
                 if name in jobs:
                     jobs.pop(name).close()
                 continue
-            digests |= {name: digest} if name != FLOOR else {}
+            digests |= {name: digest} if name not in (FLOOR, MEETING) else {}
         if not jobs:
             raise SystemExit(f"no contender could start: {missing}")
         times = take_turns(jobs, options.rounds, options.steps)
@@ -166,6 +182,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default %(default)s)")
+    parser.add_argument(
+        "--launches", type=int, default=1, help="processes are started anew so often, for as many rounds each"
+    )
     parser.add_argument("--steps", type=int, default=4, help="steps per round and contender (default %(default)s)")
     parser.add_argument(
         "--warm-up", type=int, default=40, help="steps of heatopt before the first round (default %(default)s)"
@@ -174,8 +193,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--png", type=Path, help="draw the ratios to the step without synchronisation")
     parser.add_argument("--perform", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if min(options.ranks, options.rounds, options.steps) < 1 or options.warm_up < _COMPARED_STEPS:
-        parser.error(f"--ranks, --rounds and --steps must be at least 1, --warm-up at least {_COMPARED_STEPS}")
+    if min(options.ranks, options.rounds, options.steps, options.launches) < 1 or options.warm_up < _COMPARED_STEPS:
+        least = f"--ranks, --rounds, --steps and --launches must be at least 1, --warm-up at least {_COMPARED_STEPS}"
+        parser.error(least)
     return options
 
 

@@ -15,7 +15,7 @@ from tests.support.launch import LAUNCH, REPOSITORY, child_environment
 pytestmark = pytest.mark.skipif(LAUNCH.launched, reason="starts launchers itself")
 
 SCRIPT = REPOSITORY / "scripts" / "bench_step.py"
-CONTENDERS = ["no synchronisation", "heatopt", "DDP gloo"]
+CONTENDERS = ["no synchronisation", "meeting only", "heatopt", "DDP gloo"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -39,14 +39,14 @@ def test_contenders_take_turns_in_jobs_of_their_own(tmp_path: Path, missing_pack
     out = tmp_path / "out.json"
     job = run(
         *("--workloads", "many-small", "--contenders", *CONTENDERS, "Heat blocking"),
-        *("--rounds", "2", "--steps", "1", "--warm-up", "5", "--json", str(out)),
+        *("--rounds", "2", "--launches", "2", "--steps", "1", "--warm-up", "5", "--json", str(out)),
         PYTHONPATH=missing_package,
     )
     assert job.returncode == 0, job.stdout + job.stderr
     found = json.loads(out.read_text())
     [result] = found["results"]
     assert list(result["milliseconds"]) == CONTENDERS
-    assert all(len(times) == 2 and min(times) > 0 for times in result["milliseconds"].values())
+    assert all(len(times) == 4 and min(times) > 0 for times in result["milliseconds"].values())
     digests = result["parameters after 5 steps"]
     assert list(digests) == ["heatopt", "DDP gloo"]
     assert len(set(digests.values())) == 1, digests
@@ -62,7 +62,9 @@ def test_nothing_to_measure(missing_package: str) -> None:
     assert "no contender could start" in job.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--ranks", "0"], ["--rounds", "0"], ["--steps", "0"], ["--warm-up", "4"]])
+@pytest.mark.parametrize(
+    "arguments", [["--ranks", "0"], ["--rounds", "0"], ["--steps", "0"], ["--launches", "0"], ["--warm-up", "4"]]
+)
 def test_wrong_numbers(arguments: list[str]) -> None:
     job = run(*arguments)
     assert job.returncode == 2
