@@ -12,6 +12,7 @@ five steps. Packages that are not installed are left out.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -161,7 +162,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    names = [name for name in results[0]["milliseconds"] if name != FLOOR]
+    shown = [name for name in results[0]["milliseconds"] if all(name in result["milliseconds"] for result in results)]
+    names = [name for name in shown if name != FLOOR]
     for place, name in enumerate(names):
         positions = [group + (place + 0.5) / (len(names) + 1) for group in range(len(results))]
         ratios = [median_ratio(result["milliseconds"], name, FLOOR) for result in results]
@@ -191,6 +193,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write all times to this file")
     parser.add_argument("--png", type=Path, help="draw the ratios to the step without synchronisation")
+    parser.add_argument("--read", nargs="+", type=Path, help="measure nothing: show what --json has written")
     parser.add_argument("--perform", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if min(options.ranks, options.rounds, options.steps, options.launches) < 1 or options.warm_up < _COMPARED_STEPS:
@@ -207,11 +210,14 @@ def main() -> None:
             torch.distributed.destroy_process_group()
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = [measure(name, options) for name in options.workloads]
+    if options.read:
+        results = [result for path in options.read for result in json.loads(path.read_text())["results"]]
+    else:
+        results = [measure(name, options) for name in options.workloads]
     show(results)
     if options.png and FLOOR in options.contenders:
         draw(results, options.png)
-    if options.json:
+    if options.json and not options.read:
         write_results(options.json, results[0].pop("setting"), results)
 
 

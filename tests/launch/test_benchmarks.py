@@ -54,6 +54,11 @@ def test_contenders_take_turns_in_jobs_of_their_own(tmp_path: Path, missing_pack
     assert "without Heat blocking: no heat here" in job.stdout
     assert found["setting"]["ranks"] == 2
     assert result["reports"]["heatopt"]["ranks"] == 2
+    again = run("--read", str(out), "--png", str(tmp_path / "out.png"))
+    assert again.returncode == 0, again.stderr
+    table = job.stdout[: job.stdout.index("without Heat")]
+    assert again.stdout[: len(table)] == table
+    assert (tmp_path / "out.png").stat().st_size > 0
 
 
 def test_nothing_to_measure(missing_package: str) -> None:
