@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 TINY = 1e-4
 """A ``bucket_mb`` so small that every parameter of these models has a bucket of its own."""
+
+MODES = [
+    pytest.param({"bucket_mb": TINY, "blocking": True}, id="many-buckets"),
+    pytest.param({"bucket_mb": TINY, "blocking": False}, id="non-blocking"),
+    pytest.param({"bucket_mb": 8}, id="one-bucket"),
+]
+"""How gradients travel."""
+every_mode = pytest.mark.parametrize("mode", MODES)
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 FEATURES, OUTPUTS, ROWS = 4, 3, 4

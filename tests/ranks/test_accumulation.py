@@ -17,6 +17,7 @@ from tests.ranks._training import (
     assert_equal,
     assert_ranks_equal,
     batch,
+    every_mode,
     gradients,
     loss_of,
     net,
@@ -28,14 +29,6 @@ from tests.support.ranks import Ranks
 
 if TYPE_CHECKING:
     from heatopt.comm import Communicator
-
-
-MODES = [
-    pytest.param({"bucket_mb": TINY, "blocking": True}, id="many-buckets"),
-    pytest.param({"bucket_mb": TINY, "blocking": False}, id="non-blocking"),
-    pytest.param({"bucket_mb": 8}, id="one-bucket"),
-]
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def local_gradients(model: nn.Module, numbers: list[int], rank: int) -> list[torch.Tensor]:

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from tests.ranks._training import (
-    TINY,
+    MODES,
     adamw,
     assert_close,
     assert_ranks_equal,
     batch,
+    every_mode,
     loss_of,
     net,
     reference,
@@ -50,13 +51,6 @@ def compiled(function: Any) -> Any:
     return torch.compile(function, backend="aot_eager")
 
 
-MODES = [
-    pytest.param({"bucket_mb": TINY, "blocking": True}, id="many-buckets"),
-    pytest.param({"bucket_mb": TINY, "blocking": False}, id="non-blocking"),
-    pytest.param({"bucket_mb": 8}, id="one-bucket"),
-]
-
-
 @pytest.mark.parametrize(
     ("who", "mode"),
     [pytest.param(w, *m.values, id=f"{w}-{m.id}") for w, m in combinations(["all", "first", "last"], MODES)],
@@ -77,7 +71,7 @@ def test_t03_some_ranks_compile(ranks: Ranks, who: str, mode: dict[str, Any]) ->
     ranks(body)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_t03_order_of_hooks(ranks: Ranks, mode: dict[str, Any]) -> None:
     """Each rank uses the layers in an order of its own, so hooks fire in another one, without a compiler."""
 

@@ -14,6 +14,7 @@ from tests.ranks._training import (
     assert_close,
     assert_ranks_equal,
     batch,
+    every_mode,
     gradients,
     loss_of,
     net,
@@ -26,14 +27,6 @@ from tests.support.ranks import Ranks
 
 if TYPE_CHECKING:
     from heatopt.comm import Communicator
-
-
-MODES = [
-    pytest.param({"bucket_mb": TINY, "blocking": True}, id="many-buckets"),
-    pytest.param({"bucket_mb": TINY, "blocking": False}, id="non-blocking"),
-    pytest.param({"bucket_mb": 8}, id="one-bucket"),
-]
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 @every_mode

@@ -18,6 +18,7 @@ from tests.ranks._training import (
     assert_equal,
     assert_ranks_equal,
     batch,
+    every_mode,
     fill,
     generator,
     loss_of,
@@ -34,12 +35,6 @@ if TYPE_CHECKING:
     from heatopt.comm import Communicator
 
 Optimizers = Sequence[torch.optim.Optimizer]
-MODES = [
-    pytest.param({"bucket_mb": TINY, "blocking": True}, id="many-buckets"),
-    pytest.param({"bucket_mb": TINY, "blocking": False}, id="non-blocking"),
-    pytest.param({"bucket_mb": 8}, id="one-bucket"),
-]
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 class Adversaries:
