@@ -229,6 +229,7 @@ class DataParallelOptimizer(WritableParameters):
                 root = self._gradients.serve_joined()
             broadcast_tensors(self._comm, self._parameters(), root, "the broadcast of parameters after join()")
             broadcast_state(self._comm, self.torch_optimizer, root)
+            self.states_are_equal()
 
     @outside_graphs
     def synchronize(self) -> None:

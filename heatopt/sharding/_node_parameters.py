@@ -189,7 +189,7 @@ class NodeParameters(ParameterMemory):
     @contextmanager
     def apart(self) -> Iterator[None]:
         _give_back(self._places)
-        self._pointers = []
+        self._pointers, self._versions = [], []
         self._depth += 1
         try:
             yield

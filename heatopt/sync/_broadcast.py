@@ -67,27 +67,27 @@ def average_tensors(comm: Communicator, tensors: Iterable[torch.Tensor]) -> None
 def broadcast_state(comm: Communicator, optimizer: torch.optim.Optimizer, root: int) -> None:
     """Overwrite the state and the groups' options of ``optimizer`` with those of ``root``, bit for bit. Collective.
 
-    The parameters of the groups must correspond. Tensors are written in place where shape and dtype allow.
+    The parameters of the groups must correspond. Tensors are written in place where shape and dtype allow. What the
+    optimizer has a state for is in the order of ``root`` then, as are its state dict's entries.
     """
     if comm.size == 1:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    mine = [_skeleton(optimizer.state[p]) if p in optimizer.state else None for p in parameters]
+    index_of = {p: index for index, p in enumerate(parameters)}
+    mine = {index_of[p]: _skeleton(entries) for p, entries in optimizer.state.items() if p in index_of}
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     theirs, their_options = comm.exchange_objects((mine, options) if comm.rank == root else None)[root] or (
         mine,
         options,
     )
     tensors: list[torch.Tensor] = []
-    for parameter, wanted in zip(parameters, theirs, strict=True):
-        if wanted is None:
-            optimizer.state.pop(parameter, None)
-            continue
-        present = optimizer.state[parameter]
-        for key in [key for key in present if key not in wanted]:
-            del present[key]
-        for key, value in wanted.items():
-            present[key] = _fill(present.get(key), value, parameter, tensors)
+    former = {p: optimizer.state.pop(p) for p in parameters if p in optimizer.state}
+    for index, wanted in theirs.items():
+        parameter = parameters[index]
+        optimizer.state[parameter] = entries = former.get(parameter, {})
+        old = dict(entries)
+        entries.clear()
+        entries.update((key, _fill(old.get(key), value, parameter, tensors)) for key, value in wanted.items())
     for group, found in zip(optimizer.param_groups, their_options, strict=True):
         group.update({k: v for k, v in found.items() if not isinstance(v, torch.Tensor)})
         for key, value in found.items():

@@ -252,7 +252,7 @@ class GradientSync(Gradients):
             current.launch_rest(mask, self._next_launch)
             self._next_launch = len(self._plan.buckets)
             current.complete(mask)
-            self._plan.note_reduction(current.mean.total)
+            self._plan.note_reduction(current.mean.total if self._contributes else 0.0)  # a rank that serves has none
 
     # Backward
 

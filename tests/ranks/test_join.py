@@ -7,7 +7,9 @@ which ranks those are.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -291,14 +293,15 @@ def test_t28_sparse_gradients(ranks: Ranks, name: str) -> None:
 
 
 def test_t28_parameter_unfrozen_while_a_rank_has_left(ranks: Ranks) -> None:
-    """A new plan is made together with ranks that only serve."""
-    counts = COUNTS["each another"]
+    """A new plan is made together with ranks that only serve, and do not follow the others' schedule."""
+    counts = COUNTS["first has none"]
 
     def run(optimizer: torch.optim.Optimizer, model: nn.Module, steps: range, data: Callable[[int], Any]) -> None:
         for step in steps:
             if step == 1:
                 model[2].weight.requires_grad_(True)
             train(optimizer, model, [data(step)])
+            optimizer.param_groups[0]["lr"] *= 0.5
 
     def body(comm: Communicator) -> None:
         model, expected = net(), net()
@@ -373,6 +376,55 @@ def test_t28_add_param_group_inside_is_refused(ranks: Ranks) -> None:
                 pass
 
     ranks(body, min_size=2)
+
+
+def test_t28_states_are_loaded_and_made_while_a_rank_has_left(ranks: Ranks, tmp_path: Path) -> None:
+    """Afterwards all ranks have the same states in the same order, with which they train and save."""
+    counts = COUNTS["first has none"]
+
+    def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            torch.stack([p.square().sum() for p in parameters[-1 - step :]]).sum().backward()
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    def body(comm: Communicator) -> None:
+        parameters, expected = ([nn.Parameter(torch.full((2,), i + 1.0)) for i in range(3)] for _ in range(2))
+        optimizer = heatopt.DataParallelOptimizer(torch.optim.Adam(parameters), comm=comm)
+        plain = torch.optim.Adam(expected)
+        with optimizer.join():
+            run(optimizer, parameters, range(counts(comm.rank, comm.size)))
+        run(plain, expected, steps_of(counts, comm.size))
+        assert list(optimizer.state_dict()["state"]) == list(plain.state_dict()["state"])
+        heatopt.save(tmp_path / "checkpoint", optimizer=optimizer, comm=comm)
+        run(optimizer, parameters, range(1))
+        run(plain, expected, range(1))
+        assert_close(parameters, expected)
+        assert_ranks_equal(comm, parameters, optimizer)
+
+    ranks(body)
+
+
+def test_t28_weights_of_the_last_steps_are_not_those_of_a_rank_that_has_left(ranks: Ranks) -> None:
+    """It has no gradients that a backward without weights could be added to."""
+    counts = COUNTS["first has none"]
+
+    def body(comm: Communicator) -> None:
+        model = net()
+        optimizer = wrap(comm, sgd, model)
+        with optimizer.join():
+            for step in range(counts(comm.rank, comm.size)):
+                with optimizer.weight(1 + comm.rank):
+                    loss_of(model, batch(step, comm.rank)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        loss_of(model, batch(9, comm.rank)).backward()
+        optimizer.step()
+        assert_ranks_equal(comm, model, optimizer)
+
+    ranks(body)
 
 
 def test_t28_exception_inside_leaves_at_once(ranks: Ranks) -> None:

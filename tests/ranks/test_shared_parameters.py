@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -231,6 +232,13 @@ def join(net: Net, optimizer: Any, losses: list[Any]) -> None:
     train(optimizer, losses)
 
 
+def interrupted_join(net: Net, optimizer: Any, losses: list[Any]) -> None:
+    with contextlib.suppress(LookupError), optimizer.join():
+        train(optimizer, losses)
+        raise LookupError("no data")
+    train(optimizer, losses)
+
+
 def frozen(net: Net, optimizer: Any, losses: list[Any]) -> None:
     net.second.requires_grad_(False)
     train(optimizer, losses)
@@ -277,8 +285,8 @@ def added_group(net: Net, optimizer: Any, losses: list[Any]) -> Any:
 
 
 RUNS = [
-    *(clipping_and_accumulation, train_scaled, closures, join, frozen, converted, other_data, written, state_dict),
-    added_group,
+    *(clipping_and_accumulation, train_scaled, closures, join, interrupted_join, frozen, converted, other_data),
+    *(written, state_dict, added_group),
 ]
 
 
