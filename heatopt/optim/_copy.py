@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from heatopt.sharding import MASTER
+
 __all__ = ["optimizer_contents", "optimizer_from_contents"]
 
 # Hooks belong to the objects that registered them, and a scheduler's replacement of `step` to that scheduler.
@@ -27,5 +29,10 @@ def optimizer_contents(
 def optimizer_from_contents(kind: type[torch.optim.Optimizer], contents: dict[str, Any]) -> torch.optim.Optimizer:
     """The inverse of :func:`optimizer_contents`."""
     optimizer = kind.__new__(kind)
+    # torch looks for its own numbers in every state that is not empty: one may have a master alone, set before a step.
+    states = [entries for entries in contents["state"].values() if isinstance(entries, dict)]
+    masters = [(entries, entries.pop(MASTER)) for entries in states if MASTER in entries]
     optimizer.__setstate__(contents)
+    for entries, master in masters:
+        entries[MASTER] = master
     return optimizer

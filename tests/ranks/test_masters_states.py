@@ -346,8 +346,11 @@ def test_added_groups(ranks: Ranks, shard: str) -> None:
 @each_shard
 @pytest.mark.parametrize("pickled", [False, True])
 def test_copies(ranks: Ranks, shard: str, pickled: bool) -> None:
+    """Also of a parameter that has nothing but a master."""
+
     def body(comm: Communicator) -> None:
         net, optimizer = trained(comm, ADAMW, shard)
+        optimizer.set_states(net.unused, MASTER, torch.full(net.unused.shape, 1 / 3))
         if pickled:
             if comm.size > 1 and not LAUNCH.launched:
                 return  # a pickle belongs to the world, which has one rank here
