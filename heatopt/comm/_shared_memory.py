@@ -12,7 +12,6 @@ slice reads and writes that slice in all segments. See [Note: Sums in shared mem
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
@@ -42,12 +41,13 @@ _TURNS_BETWEEN_LOOKS = 100
 
 Exchange = Callable[[Any, str], list[Any]]
 Words = npt.NDArray[np.int64]
+Memory = npt.NDArray[np.uint8]
 
 
 class SharedBlock:
     """One segment of memory per rank of the node; this process sees all of them."""
 
-    def __init__(self, memory: mmap.mmap, segment_bytes: int, ranks: int) -> None:
+    def __init__(self, memory: Memory, segment_bytes: int, ranks: int) -> None:
         self.segments = [
             torch.frombuffer(memory, dtype=torch.uint8, count=segment_bytes, offset=rank * segment_bytes)
             for rank in range(ranks)
@@ -231,7 +231,7 @@ def _make_file(nbytes: int, mark: bytes) -> int | None:
     return file
 
 
-def _open_file(path: str, own: int | None, mark: bytes, segment: int, ranks: int, local_rank: int) -> mmap.mmap | None:
+def _open_file(path: str, own: int | None, mark: bytes, segment: int, ranks: int, local_rank: int) -> Memory | None:
     file = own
     try:
         if file is None:
@@ -242,8 +242,10 @@ def _open_file(path: str, own: int | None, mark: bytes, segment: int, ranks: int
         # Reserving is what can fail for lack of memory, and not later as a bus error; each rank reserves its own
         # segment, so that on a machine with several memory nodes it is near to the rank.
         os.posix_fallocate(file, local_rank * segment, segment)
-        return mmap.mmap(file, ranks * segment)
-    except OSError as error:
+        # Unlike Python's mmap, torch keeps no descriptor beside the map, so there may be more maps than descriptors.
+        shown = f"/proc/self/fd/{file}"
+        return torch.from_file(shown, shared=True, size=ranks * segment, dtype=torch.uint8, device="cpu").numpy()
+    except (OSError, RuntimeError) as error:  # the latter is torch's
         logger.debug("shared memory is not available: %s", error)
         return None
     finally:

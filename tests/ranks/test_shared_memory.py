@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import random
+import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 
 import heatopt
 from heatopt.comm import ReduceOptions, ThreadWorld
-from tests.support.launch import LAUNCH
+from tests.support.launch import LAUNCH, REPOSITORY
 
 SIZES = (1, 5, 1023, 1024, 4099, 200_003)
 
@@ -204,6 +207,26 @@ def test_memory_is_freed_with_the_optimizer(ranks):
         assert not [name for name in os.listdir("/dev/shm") if "heatopt" in name]
 
     ranks(body)
+
+
+def allocate_many() -> None:
+    """The program of the next test."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+    def body(comm):
+        memories = [comm.allocate(3, torch.float32, torch.device("cpu")) for _ in range(2000)]
+        return all(memory.shared and memory.own.data_ptr() % 4096 == 0 for memory in memories)
+
+    assert ThreadWorld(2, shared_memory=True).run(body) == [True, True]
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        assert not [line for line in maps if "memfd:heatopt" in line]
+
+
+@one_process
+def test_buckets_hold_no_descriptors():
+    program = "from tests.ranks.test_shared_memory import allocate_many; allocate_many()"
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
