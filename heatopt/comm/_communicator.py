@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
 from heatopt.comm._background import HostWork, StreamWork
 from heatopt.comm._collectives import broadcast_flat, gather_flat, gather_messages, reduce_flat, reduce_scatter_rows
+from heatopt.comm._exit import tell_on_exit
 from heatopt.comm._group import RankGroup, Words
 from heatopt.comm._node_reduction import BucketMemory, Parts, ReduceOptions, Take
 from heatopt.comm._reducer import BucketReducer
 from heatopt.comm._shared_memory import SharedBlock
 from heatopt.comm._tensors import check_reduction, describe_call, flatten
 from heatopt.comm._topology import Topology
-from heatopt.comm._watchdog import Watchdog
-from heatopt.comm._work import Handle, Steps, Work
+from heatopt.comm._watchdog import Bulletin, Watchdog
+from heatopt.comm._work import Handle, Steps, Work, WorkQueue
 
 __all__ = ["Communicator", "NodeGroups", "Words"]
 
@@ -211,25 +213,28 @@ class Communicator(RankGroup):
 
         Optimizers on it have ended then: what is collective raises HeatoptError.
         """
-        while self._closers:
-            self._closers.pop()()
-        self._queue.drain()
-        self._reducer.close()
-        self._node = None
-        self._closed = True
+        try:
+            while self._closers:
+                self._closers.pop()()
+            self._queue.drain()
+        finally:
+            # Also where the others have failed: nothing waits on this group any more.
+            self._reducer.close()
+            self._node = None
+            self._closed = True
+            if self._watchdog is not None:
+                self._watchdog.release(self)
 
     @abstractmethod
     def abort(self, message: str, code: int = 1) -> NoReturn:
         """End the job on all ranks with ``message`` on stderr and a non-zero exit code."""
 
-    def _leave(self) -> None:
-        """The program ends: what is on its way in the background must arrive, because other ranks may wait for it."""
-        try:
-            self._queue.finish_branches()
-        except Exception as error:
-            self.abort(f"at the end of the program of rank {self.rank}: {type(error).__name__}: {error}")
-        if self._watchdog is not None:
-            self._watchdog.leave()
+    def _watch(self, bulletin: Bulletin, end_job: Callable[[str], None]) -> None:
+        """Watch over this group, a world, and over those that are made of it; tell the others when the program ends."""
+        self._watchdog = Watchdog(self.rank, self.size, bulletin, end_job)
+        self._watchdog.watch(self)
+        # The queue keeps works that are in flight until then, and with them their communicators.
+        tell_on_exit(partial(_leave, self.rank, self._queue, self._watchdog, end_job))
 
     # What the layers above use: no agreement check, since their plans are fingerprinted.
 
@@ -373,3 +378,12 @@ class Communicator(RankGroup):
         if flat.data_ptr() != target.data_ptr() or not target.is_contiguous():
             target.copy_(flat.view(target.shape))
         return tensor
+
+
+def _leave(rank: int, queue: WorkQueue, watchdog: Watchdog, end_job: Callable[[str], None]) -> None:
+    """The program ends: what is on its way in the background must arrive, because other ranks may wait for it."""
+    try:
+        queue.finish_branches()
+    except Exception as error:
+        end_job(f"at the end of the program of rank {rank}: {type(error).__name__}: {error}")
+    watchdog.leave()

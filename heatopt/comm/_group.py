@@ -67,6 +67,8 @@ class RankGroup(Transport):
         self._interrupted = ""  # in which operation, if this rank has left one that the others go on with
         self._operations = 0  # started on this communicator, the same number on all its ranks
         self._watchdog = watchdog
+        if watchdog is not None:
+            watchdog.watch(self)
         self._node: NodeMemory | None = None  # where headers go if all ranks share one memory
         self._queue = WorkQueue()
 

@@ -15,11 +15,11 @@ from mpi4py import MPI
 from heatopt._log import logger
 from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._cuda_aware import mpi_reads_cuda_memory
-from heatopt.comm._exit import end_job_on_exception, tell_on_exit, write_last_words
+from heatopt.comm._exit import end_job_on_exception, write_last_words
 from heatopt.comm._settings import default_timeout
 from heatopt.comm._topology import Topology
 from heatopt.comm._torch import TorchCommunicator, rendezvous_store
-from heatopt.comm._watchdog import Bulletin, Snapshot, Watchdog
+from heatopt.comm._watchdog import Bulletin, Snapshot
 from heatopt.comm._work import COMPLETED, Request
 
 __all__ = ["MPICommunicator"]
@@ -54,7 +54,11 @@ class _MPIRequest(Request):
 
 
 class _MPIBulletin(Bulletin):
-    """Small messages on a communicator that only the watchdog's thread uses."""
+    """Small messages on a communicator that only the watchdog's thread uses.
+
+    It is never freed: ranks end their watch when they like, and what is still on its way to one that has ended must not
+    meet a later communicator that got the number of this one.
+    """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
@@ -101,8 +105,11 @@ class MPICommunicator(Communicator):
         super().__init__(base.rank, topology, default_timeout() if timeout is None else timeout)
         self._open(base)
         if self.size > 1:
-            end_job_on_exception(self.rank, self._end_job)
-            self._watch(base)
+            end_job_on_exception(self.rank, _end_job)
+            if MPI.Query_thread() == MPI.THREAD_MULTIPLE:
+                self._watch(_MPIBulletin(base.Dup()), _end_job)
+            else:
+                logger.warning("MPI was started without thread support, so a rank that never comes is not noticed")
 
     def _open(self, base: MPI.Intracomm) -> None:
         # Two lanes, because first and later stages of a collective need an order of their own.
@@ -112,27 +119,14 @@ class MPICommunicator(Communicator):
         self.can_use_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._queue.needs_calls = self.num_nodes > 1 and self.can_use_threads
 
-    def _watch(self, base: MPI.Intracomm) -> None:
-        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-            logger.warning("MPI was started without thread support, so a rank that never comes is not noticed")
-            return
-        self._watchdog = Watchdog(self.rank, self.size, _MPIBulletin(base.Dup()), self._end_job)
-        tell_on_exit(self._leave)
-
     def abort(self, message: str, code: int = 1) -> NoReturn:
-        write_last_words(message)
-        time.sleep(_DELIVERY_SECONDS)
-        MPI.COMM_WORLD.Abort(code)
-        raise SystemExit(code)
+        _end_job(message, code)
 
     def close(self) -> None:
         super().close()
         for lane in self._lanes:
             if lane != MPI.COMM_NULL:
                 lane.Free()
-
-    def _end_job(self, message: str) -> None:
-        self.abort(message)
 
     def _to_wire(self, flat: torch.Tensor) -> torch.Tensor:
         if flat.device.type == "cpu" or self._nccl_of(flat) is not None or mpi_reads_cuda_memory():
@@ -224,6 +218,13 @@ class MPICommunicator(Communicator):
         group._open(base)
         base.Free()
         return group
+
+
+def _end_job(message: str, code: int = 1) -> NoReturn:
+    write_last_words(message)
+    time.sleep(_DELIVERY_SECONDS)
+    MPI.COMM_WORLD.Abort(code)
+    raise SystemExit(code)
 
 
 def _buffer(flat: torch.Tensor) -> Any:

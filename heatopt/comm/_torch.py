@@ -6,7 +6,6 @@ import itertools
 import os
 import pickle
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,9 +17,10 @@ import torch.distributed
 
 from heatopt.comm._communicator import Communicator, Words
 from heatopt.comm._exit import end_job_on_exception, tell_on_exit, write_last_words
+from heatopt.comm._process import Process, numbering
 from heatopt.comm._settings import default_timeout
+from heatopt.comm._store import StoreBulletin, StoreHost, hosts_store
 from heatopt.comm._topology import Topology
-from heatopt.comm._watchdog import Bulletin, Phase, Snapshot, Watchdog
 from heatopt.comm._work import Request
 
 if TYPE_CHECKING:
@@ -54,37 +54,6 @@ class _TorchRequest(Request):
     def wait(self) -> None:
         with self._comm._named_failures():
             self._work.wait()
-
-
-class _StoreBulletin(Bulletin):
-    """A log of posts in the group's key-value store."""
-
-    def __init__(self, store: Store, rank: int, size: int, patience: float) -> None:
-        self._store = dist.PrefixStore("heatopt/bulletin", store)
-        self._rank = rank
-        self._size = size
-        self._patience = patience
-        self._read = 0
-        self._left: set[int] = set()
-
-    def post(self, snapshot: Snapshot) -> None:
-        number = self._store.add("posts", 1)
-        self._store.set(f"post/{number}", pickle.dumps(snapshot))
-
-    def poll(self) -> list[Snapshot]:
-        count = self._store.add("posts", 0)
-        posts = [pickle.loads(self._store.get(f"post/{number}")) for number in range(self._read + 1, count + 1)]
-        self._read = count
-        self._left.update(post.rank for post in posts if post.phase is Phase.LEFT)
-        return [post for post in posts if post.rank != self._rank]
-
-    def close(self) -> None:
-        # Rank 0's process is where the store lives, unless torchrun's agent has it: it goes last.
-        if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            deadline = time.monotonic() + self._patience
-            while len(self._left) < self._size and time.monotonic() < deadline:
-                self.poll()
-                time.sleep(0.05)
 
 
 class TorchCommunicator(Communicator):
@@ -136,9 +105,9 @@ class TorchCommunicator(Communicator):
         if size > 1:
             # A connection of the watchdog's own: the main thread may block in the store.
             own = store.clone() if hasattr(store, "clone") else store
-            self._watchdog = Watchdog(rank, size, _StoreBulletin(own, rank, size, timeout), self._end_job)
-            tell_on_exit(self._leave)
-            end_job_on_exception(rank, self._end_job)
+            self._keep_store()
+            self._watch(StoreBulletin(own, self._name, rank), _end_job)
+            end_job_on_exception(rank, _end_job)
 
     @classmethod
     def beside(cls, other: Communicator, store: Store) -> TorchCommunicator:
@@ -151,20 +120,32 @@ class TorchCommunicator(Communicator):
         return comm
 
     def _open(self, store: Store) -> None:
-        self._store = store
+        self._store: Any = store
         self._nccl_lanes: tuple[Any, Any] | None = None
         limit = timedelta(seconds=min(self.timeout + _GLOO_GRACE, _YEAR))
-        self._lanes = tuple(
+        self._lanes: tuple[Any, ...] = tuple(
             dist.ProcessGroupGloo(dist.PrefixStore(f"heatopt/{self._name}/{lane}", store), self.rank, self.size, limit)
             for lane in (0, 1)
         )
 
-    def abort(self, message: str, code: int = 1) -> NoReturn:
-        write_last_words(message)
-        os._exit(code)  # the launcher (torchrun) ends the other processes
+    def _keep_store(self) -> None:
+        """Let the store's host end last. Collective; before the watch begins, which is to end first."""
+        places = self._exchange_objects((numbering(), os.getpid()))
+        if not hosts_store(self.rank):
+            return
+        here, _ = places[self.rank]
+        visible = enumerate(places) if here is not None else ()
+        neighbours = {rank: Process(number) for rank, (where, number) in visible if where == here}
+        tell_on_exit(StoreHost(self._store, self._name, self.size, neighbours, timeout=self.timeout).outlast)
 
-    def _end_job(self, message: str) -> None:
-        self.abort(message)
+    def abort(self, message: str, code: int = 1) -> NoReturn:
+        _end_job(message, code)
+
+    def close(self) -> None:
+        super().close()
+        # Their connections and threads go with them, and the connection to the store if nobody else has it.
+        self._lanes = ()
+        self._store = None
 
     @contextmanager
     def _named_failures(self) -> Iterator[None]:
@@ -259,6 +240,11 @@ class TorchCommunicator(Communicator):
         group._nccl_wanted = self._nccl_wanted
         group._open(self._store)
         return group
+
+
+def _end_job(message: str, code: int = 1) -> NoReturn:
+    write_last_words(message)
+    os._exit(code)  # the launcher (torchrun) ends the other processes
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,13 @@ bulletin on which ranks post what they do. It ends the job when
 
 Ranks post only when a wait has lasted for a while, when somebody else waits for them, and when they leave, so a healthy
 run exchanges nothing. The thread uses a channel of its own and never touches the main thread's.
+
+[Note: End of the watch]
+All communicators that descend from one world share its watchdog, which knows them weakly: they are its users. The watch
+ends with the last of them. When that is closed, ``release()`` ends the thread before it returns. When that is garbage,
+no code of ours runs where it was collected (that may be any line, in any thread, with any lock held): the thread finds
+itself without users at its next look. So nothing that lives as long as the thread, or until the program ends, may refer
+to a communicator. Either way the last post says CLOSED, and LEFT where the program ends first.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,7 +44,20 @@ class Phase(Enum):
 
     RUNNING = "running"  # in the user's code
     WAITING = "waiting"  # inside a collective
+    CLOSED = "closed"  # its program goes on without communicators
     LEFT = "left"  # its program has ended
+
+    @property
+    def is_last(self) -> bool:
+        """True if no other phase follows."""
+        return self in _LAST_WORDS
+
+
+# What a rank has done, as others and as the rank itself say it.
+_LAST_WORDS = {
+    Phase.CLOSED: ("closed its communicators", "its communicators are closed"),
+    Phase.LEFT: ("left the program", "its program has ended"),
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +99,7 @@ class Bulletin(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """The last call: deliver what was posted, as far as possible within a second."""
+        """The last call: deliver what was posted, as far as possible within a second, and let go of what was opened."""
 
 
 class _NoBulletin(Bulletin):
@@ -95,7 +116,15 @@ class _NoBulletin(Bulletin):
 
 
 class Watchdog:
-    """Watches one process; shared by all communicators that descend from the same world."""
+    """Watches one process; shared by all communicators that descend from the same world.
+
+    Args:
+        rank: this process's number in the world.
+        size: number of ranks.
+        bulletin: the watchdog's own.
+        end_job: ends the job on all ranks with a message; refers to no communicator, see [Note: End of the watch].
+        tick: seconds between looks.
+    """
 
     def __init__(self, rank: int, size: int, bulletin: Bulletin, end_job: Callable[[str], None], tick: float = 0.25):
         self._rank = rank
@@ -110,9 +139,26 @@ class Watchdog:
         self._others: dict[int, Snapshot] = {}
         self._left_at: dict[int, float] = {}
         self._main_thread = threading.main_thread().ident
-        self._stopped = threading.Event()
+        self._users: weakref.WeakSet[object] = weakref.WeakSet()
+        # Held while the thread is to go on. A plain lock: an event's own code could be interrupted by a finalizer that
+        # closes a communicator, and so sets the event, in the thread that holds the event's lock.
+        self._going = threading.Lock()
+        self._going.acquire()
+        self._stopped = False
+        self._has_parted = False
         self._thread = threading.Thread(target=self._watch, name="heatopt-watchdog", daemon=True)
-        self._thread.start()
+
+    def watch(self, user: object) -> None:
+        """Watch until ``user`` has been released or collected; the first one starts the thread."""
+        self._users.add(user)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def release(self, user: object) -> None:
+        """``user`` has been closed: with the last one the thread ends, and the others are told. May be repeated."""
+        self._users.discard(user)
+        if not self._users:
+            self._stop(Phase.CLOSED)
 
     # Main thread: a few attribute writes per collective, no lock.
 
@@ -137,18 +183,33 @@ class Watchdog:
         """Give others time to post why they stopped, and return it; for a main thread whose operation has failed."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            gone = sorted(other.rank for other in self._others.values() if other.phase is Phase.LEFT)
-            if gone:
-                return f"left the program: rank {', '.join(map(str, gone))}"
+            for phase, (deed, _) in _LAST_WORDS.items():
+                gone = sorted(other.rank for other in self._others.values() if other.phase is phase)
+                if gone:
+                    return f"{deed}: rank {', '.join(map(str, gone))}"
             time.sleep(self._tick / 4)
         return "no rank has said that it left: one was killed or lost its network"
 
     def leave(self) -> None:
-        """This rank's program ends. Stops the thread and tells the others."""
-        self._stopped.set()
-        self._thread.join(timeout=5.0)
+        """This rank's program ends. Stops the thread and tells the others, unless that has been done."""
+        self._stop(Phase.LEFT)
+
+    def _stop(self, phase: Phase) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        self._going.release()
+        if threading.current_thread() is not self._thread:  # whose collector may have run a finalizer that closes
+            self._thread.join(timeout=5.0)
+        self._part(phase)
+
+    def _part(self, phase: Phase) -> None:
+        """The last post: by the watchdog's thread, or by another one after that has ended."""
+        if self._has_parted:
+            return
+        self._has_parted = True
         try:
-            self._bulletin.post(Snapshot(self._rank, Phase.LEFT, "its program has ended", entered=dict(self._entered)))
+            self._bulletin.post(Snapshot(self._rank, phase, _LAST_WORDS[phase][1], entered=dict(self._entered)))
             self._bulletin.close()
         except Exception as error:  # nobody is left to tell
             logger.debug("the bulletin failed at the end: %s", error)
@@ -156,7 +217,10 @@ class Watchdog:
     # Watchdog thread
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._tick):
+        while not self._going.acquire(timeout=self._tick):
+            if not self._users:
+                self._part(Phase.CLOSED)
+                return
             try:
                 self._look()
             except Exception as error:
@@ -206,11 +270,12 @@ class Watchdog:
         for other in self._others.values():
             if other.rank not in wait.members:
                 continue
+            deed = _LAST_WORDS[other.phase][0] if other.phase.is_last else ""
             behind = other.entered.get(wait.channel, 0) < wait.sequence
-            if other.phase is Phase.LEFT and (behind or self._waits_on_after_leave(wait, other.rank)):
+            if deed and (behind or self._waits_on_after_leave(wait, other)):
                 self._fail(
                     wait,
-                    f"RankFailedError: rank {other.rank} left the program while rank {self._rank} waited for it in "
+                    f"RankFailedError: rank {other.rank} {deed} while rank {self._rank} waited for it in "
                     f"{wait.what}; every rank must make the same collective calls (uneven data: use join())",
                 )
             elif behind and self._keeps_waiting(other):
@@ -220,9 +285,11 @@ class Watchdog:
                     f"{other.place}; every rank must make the same collective calls in the same order",
                 )
 
-    def _waits_on_after_leave(self, wait: _Wait, rank: int) -> bool:
-        """True if a rank that started the operation has left without completing its part of it."""
-        return time.monotonic() - max(self._left_at[rank], wait.since) > _GRACE_AFTER_LEAVE
+    def _waits_on_after_leave(self, wait: _Wait, other: Snapshot) -> bool:
+        """True if a rank that started the operation has left without completing its part, as who closes does."""
+        if other.phase is not Phase.LEFT:
+            return False
+        return time.monotonic() - max(self._left_at[other.rank], wait.since) > _GRACE_AFTER_LEAVE
 
     def _check_clock(self) -> None:
         wait = self._wait

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,14 @@ def test_a_rank_that_others_wait_for_before_they_write_shared_parameters(
     options = '{"shard": "state", "parameters_per_node": "shared"}'
     assert_ended(launch("train.py", fault, 1, 4, options, size=size, kind=kind), named)
     assert [path.name for path in Path("/dev/shm").glob("*heatopt*")] == []
+
+
+def test_the_host_of_the_store_does_not_wait_for_a_dead_rank() -> None:
+    """Rank 0 goes last, but rank 1 was killed after their last step."""
+    job = launch("train.py", "kill-end", 1, kind="env")
+    assert job.returncodes == (0, -signal.SIGKILL), job.text
+    assert_ended(job, survivors=True)
+    assert job.stdout.count("has finished") == 1
 
 
 def test_abort() -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from heatopt.comm._process import Process
+from heatopt.comm import _process
+from heatopt.comm._process import Process, numbering
 
 
 def start() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("how", ["file", "number"])
-def test_end_of_a_process(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if how == "number":
-        monkeypatch.delattr(os, "pidfd_open", raising=False)
-    elif not hasattr(os, "pidfd_open"):
-        pytest.skip("this Python cannot open processes")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell of processes")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_end_of_a_process(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not told:
+        monkeypatch.setattr(_process, "_began", no_descriptor_left)
     with start() as child:
         process = Process(child.pid)
         assert not process.has_ended()
@@ -28,13 +33,39 @@ def test_end_of_a_process(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert process.has_ended()
 
 
-@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="this Python cannot open processes")
+def no_descriptor_left(number: int) -> NoReturn:
+    raise OSError(errno.EMFILE, "too many open files")
+
+
+@needs_proc
 def test_end_that_nobody_has_asked_for() -> None:
     with start() as child:
         process = Process(child.pid)
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         assert process.has_ended()
+
+
+@needs_proc
+def test_another_process_of_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(os.getpid())
+    monkeypatch.setattr(_process, "_began", lambda number: b"later")
+    assert process.has_ended()
+
+
+@needs_proc
+def test_what_cannot_be_looked_at_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(os.getpid())
+    monkeypatch.setattr(_process, "_began", no_descriptor_left)
+    assert not process.has_ended()
+
+
+@needs_proc
+def test_numbers_mean_the_same_in_a_child() -> None:
+    program = "from heatopt.comm._process import numbering; print(numbering())"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert numbering() is not None
+    assert found.stdout == f"{numbering()}\n"
 
 
 def test_oneself_is_there() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import time
@@ -63,6 +64,7 @@ class Rank:
         self.messages: list[str] = []
         self.bulletin = BoardBulletin(board, rank)
         self.dog = Watchdog(rank, size, self.bulletin, self.messages.append, tick=TICK)
+        self.dog.watch(self)
 
     def wait_in(
         self, channel: str, sequence: int, what: str, members: tuple[int, ...] = (0, 1, 2), timeout: float = 600.0
@@ -124,6 +126,10 @@ def running(rank: int, place: str, **entered: int) -> Snapshot:
 
 def left(rank: int, **entered: int) -> Snapshot:
     return Snapshot(rank, Phase.LEFT, "its program has ended", entered=entered)
+
+
+def closed(rank: int, **entered: int) -> Snapshot:
+    return Snapshot(rank, Phase.CLOSED, "its communicators are closed", entered=entered)
 
 
 # The clock
@@ -235,9 +241,23 @@ def test_ranks_may_leave_while_this_one_waits_for_nobody(rank0: Rank, board: Boa
     rank0.assert_quiet()
 
 
-def test_news_of_a_rank_that_left(rank0: Rank, board: Board) -> None:
-    board.add(left(2))
-    assert rank0.dog.wait_for_news(5.0) == "left the program: rank 2"
+def test_rank_that_closed_before_the_wait_began(rank0: Rank, board: Board) -> None:
+    board.add(closed(1, world=3))
+    rank0.wait_in("world", 4, "barrier()")
+    assert rank0.message().startswith("RankFailedError: rank 1 closed its communicators while rank 0 waited for it")
+
+
+def test_rank_may_close_after_it_has_entered_all(rank0: Rank, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heatopt.comm._watchdog._GRACE_AFTER_LEAVE", 0.1)
+    rank0.wait_in("world", 4, "barrier()")  # for a third one: who closes has completed its part
+    board.add(closed(1, world=4))
+    rank0.assert_quiet()
+
+
+@pytest.mark.parametrize(("post", "deed"), [(left, "left the program"), (closed, "closed its communicators")])
+def test_news_of_a_rank_that_left(rank0: Rank, board: Board, post: Callable[[int], Snapshot], deed: str) -> None:
+    board.add(post(2))
+    assert rank0.dog.wait_for_news(5.0) == f"{deed}: rank 2"
 
 
 def test_no_news(rank0: Rank, board: Board) -> None:
@@ -354,3 +374,59 @@ def test_no_message_after_leaving(start: Callable[[int], Rank]) -> None:
     one.dog.leave()
     one.messages.clear()
     one.assert_quiet()
+
+
+# The end of the watch
+
+
+class User:
+    """Stands for a communicator."""
+
+
+def test_ends_with_the_last_user(start: Callable[[int], Rank], board: Board) -> None:
+    one = start(0)
+    child, grandchild = User(), User()
+    one.dog.watch(child)
+    one.dog.watch(grandchild)
+    for user in (one, one, child):  # the parent first, and twice
+        one.dog.release(user)
+    time.sleep(QUIET)
+    assert one.dog._thread.is_alive()
+    assert board.posts == []
+    one.dog.release(grandchild)
+    assert not one.dog._thread.is_alive()
+    one.dog.release(grandchild)
+    one.dog.leave()
+    assert [post.phase for post in board.posts] == [Phase.CLOSED]
+    assert one.bulletin.closed
+
+
+def test_ends_when_the_last_user_is_garbage(board: Board) -> None:
+    one, child = Rank(board, 0, 3), User()
+    dog, bulletin = one.dog, one.bulletin
+    dog.watch(child)
+    child.itself = child  # type: ignore[attr-defined]  # for the collector to find
+    del one
+    gc.collect()
+    time.sleep(QUIET)
+    assert dog._thread.is_alive()
+    del child
+    gc.collect()
+    wait_until(lambda: not dog._thread.is_alive())
+    assert bulletin.closed
+    dog.leave()
+    assert [post.phase for post in board.posts] == [Phase.CLOSED]
+
+
+def test_a_finalizer_in_the_watching_thread_closes(board: Board) -> None:
+    """A collector runs in any thread."""
+    one = Rank(board, 0, 3)
+    one.bulletin.poll = lambda: one.dog.release(one) or []  # type: ignore[method-assign, func-returns-value]
+    wait_until(lambda: not one.dog._thread.is_alive())
+    assert [post.phase for post in board.posts] == [Phase.CLOSED]
+
+
+def test_broken_bulletin_at_the_end(rank0: Rank) -> None:
+    rank0.bulletin.broken = True
+    rank0.dog.release(rank0)
+    assert not rank0.dog._thread.is_alive()

@@ -54,6 +54,7 @@ FAULTS: dict[str, tuple[str, Callable[[], object]]] = {
     "os-exit-0": ("after", lambda: os._exit(0)),
     "kill": ("before", kill),
     "kill-update": ("update", kill),
+    "kill-end": ("", lambda: None),
     "os-exit-0-update": ("update", lambda: os._exit(0)),
     "sleep-update": ("update", lambda: time.sleep(100)),
     "sleep-before": ("before", lambda: time.sleep(100)),
@@ -105,6 +106,9 @@ def main() -> None:
     if fault == "fewer-steps":
         announce()
         return
+    if fault == "kill-end":
+        announce()
+        kill()
     sys.stdout.write(f"rank {comm.rank} has finished\n")  # in one piece: ranks share the stream
 
 
