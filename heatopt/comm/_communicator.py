@@ -213,17 +213,14 @@ class Communicator(RankGroup):
 
         Optimizers on it have ended then: what is collective raises HeatoptError.
         """
-        try:
-            while self._closers:
-                self._closers.pop()()
-            self._queue.drain()
-        finally:
-            # Also where the others have failed: nothing waits on this group any more.
-            self._reducer.close()
-            self._node = None
-            self._closed = True
-            if self._watchdog is not None:
-                self._watchdog.release(self)
+        while self._closers:
+            self._closers.pop()()
+        self._queue.drain()
+        self._reducer.close()
+        self._node = None
+        self._closed = True
+        if self._watchdog is not None:
+            self._watchdog.release(self)
 
     @abstractmethod
     def abort(self, message: str, code: int = 1) -> NoReturn:

@@ -237,6 +237,8 @@ class RankGroup(Transport):
             raise
         except BaseException:
             self._interrupted = what
+            if self._watchdog is not None:
+                self._watchdog.keep(self)
             raise
 
     def _begin_wait(self, what: str, number: int) -> None:

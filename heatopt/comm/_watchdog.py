@@ -17,6 +17,10 @@ ends with the last of them. When that is closed, ``release()`` ends the thread b
 no code of ours runs where it was collected (that may be any line, in any thread, with any lock held): the thread finds
 itself without users at its next look. So nothing that lives as long as the thread, or until the program ends, may refer
 to a communicator. Either way the last post says CLOSED, and LEFT where the program ends first.
+
+CLOSED is a promise: this rank has completed its part of all that it has entered, so others may wait on for a third one.
+A communicator that was interrupted cannot give it, and is kept; nor can one whose close() fails, which is not released,
+and which the works that it could not complete keep. Their ranks say LEFT, when their programs end.
 """
 
 from __future__ import annotations
@@ -140,6 +144,7 @@ class Watchdog:
         self._left_at: dict[int, float] = {}
         self._main_thread = threading.main_thread().ident
         self._users: weakref.WeakSet[object] = weakref.WeakSet()
+        self._kept: list[object] = []
         # Held while the thread is to go on. A plain lock: an event's own code could be interrupted by a finalizer that
         # closes a communicator, and so sets the event, in the thread that holds the event's lock.
         self._going = threading.Lock()
@@ -154,9 +159,14 @@ class Watchdog:
         if self._thread.ident is None:
             self._thread.start()
 
+    def keep(self, user: object) -> None:
+        """Watch until the program ends: ``user`` has left an operation that others go on with."""
+        self._kept.append(user)
+
     def release(self, user: object) -> None:
         """``user`` has been closed: with the last one the thread ends, and the others are told. May be repeated."""
-        self._users.discard(user)
+        if user not in self._kept:
+            self._users.discard(user)
         if not self._users:
             self._stop(Phase.CLOSED)
 

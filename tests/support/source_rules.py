@@ -57,6 +57,7 @@ GLOBALS = {
     ("heatopt.comm._launch", "_world"): "one world per process, as MPI_COMM_WORLD",
     ("heatopt.comm._mpi", "_OPAQUE"): "constant table: integers by size",
     ("heatopt.comm._torch", "_worlds"): "keys in a store that outlives a communicator must not repeat",
+    ("heatopt.comm._watchdog", "_LAST_WORDS"): "constant table: words for messages",
     ("heatopt.comm._work", "COMPLETED"): "stateless",
     ("heatopt.sync._tuning", "DEFAULT"): "a named tuple",
     ("heatopt.sharding._declaration", "_MANNERS"): "constant table: how each algorithm may be sharded",

@@ -401,6 +401,15 @@ def test_ends_with_the_last_user(start: Callable[[int], Rank], board: Board) -> 
     assert one.bulletin.closed
 
 
+def test_interrupted_user_is_watched_until_the_program_ends(start: Callable[[int], Rank], board: Board) -> None:
+    one = start(0)
+    one.dog.keep(one)
+    one.dog.release(one)
+    assert one.dog._thread.is_alive()
+    one.dog.leave()
+    assert [post.phase for post in board.posts] == [Phase.LEFT]
+
+
 def test_ends_when_the_last_user_is_garbage(board: Board) -> None:
     one, child = Rank(board, 0, 3), User()
     dog, bulletin = one.dog, one.bulletin
