@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from heatopt.comm import SingleCommunicator
 from heatopt.comm._watchdog import Bulletin, Phase, Snapshot, Watchdog
 
 TICK = 0.01
@@ -402,9 +403,13 @@ def test_ends_with_the_last_user(start: Callable[[int], Rank], board: Board) -> 
 
 
 def test_interrupted_user_is_watched_until_the_program_ends(start: Callable[[int], Rank], board: Board) -> None:
-    one = start(0)
-    one.dog.keep(one)
+    one, comm = start(0), SingleCommunicator()
+    comm._watchdog = one.dog
+    one.dog.watch(comm)
     one.dog.release(one)
+    with pytest.raises(KeyboardInterrupt), comm.in_step("allreduce"):
+        raise KeyboardInterrupt
+    comm.close()
     assert one.dog._thread.is_alive()
     one.dog.leave()
     assert [post.phase for post in board.posts] == [Phase.LEFT]
