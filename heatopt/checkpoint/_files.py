@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import uuid
@@ -10,7 +11,17 @@ from collections.abc import Iterable
 from heatopt._log import logger
 from heatopt.errors import CheckpointError, NoCheckpointError
 
-__all__ = ["MANIFEST", "discard", "find", "make_temporary", "publish", "read_text", "sync_directory", "write_file"]
+__all__ = [
+    "MANIFEST",
+    "discard",
+    "find",
+    "make_directories",
+    "make_temporary",
+    "publish",
+    "read_text",
+    "sync_directory",
+    "write_file",
+]
 
 MANIFEST = "manifest.json"
 
@@ -47,14 +58,25 @@ def sync_directory(path: str) -> None:
         os.close(descriptor)
 
 
+def make_directories(path: str) -> None:
+    """Make a directory and those above it, as far as they are missing, and return once their names are on the disk."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    make_directories(parent)
+    with contextlib.suppress(FileExistsError):  # another job was faster; if it is a file, whoever uses it says so
+        os.mkdir(path)
+    sync_directory(parent)
+
+
 def make_temporary(path: str) -> str:
     """Clear what a killed save has left beside ``path``, and make the directory to write to.
+
+    For who has the :class:`Claim` to ``path``.
 
     Raises:
         CheckpointError: what is at ``path`` is not a checkpoint and must not be replaced.
     """
-    parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
     if _is_vacant(path):
         old = _last_replaced(path)
         if old is not None:

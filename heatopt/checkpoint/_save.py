@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from heatopt.checkpoint._agreement import raise_together
+from heatopt.checkpoint._claim import Claim
 from heatopt.checkpoint._codec import TensorTable, dtype_name, encode
 from heatopt.checkpoint._contents import (
     REPLICATED,
@@ -22,7 +23,7 @@ from heatopt.checkpoint._contents import (
     kind_of,
     parameters_of,
 )
-from heatopt.checkpoint._files import make_temporary
+from heatopt.checkpoint._files import make_directories, make_temporary
 from heatopt.checkpoint._manifest import Manifest, TensorEntry, rank_key
 from heatopt.checkpoint._pieces import Piece, cut, extent_of, fingerprint, pieces_of, stored
 from heatopt.checkpoint._random import generator_states
@@ -79,8 +80,8 @@ def save(
             the message names its place.
         ValueError: ``path`` is empty; or a state or ``extra`` holds itself, or a number of thousands of digits.
         RankMismatchError: on all ranks, if they save different things, or some are in another call of an optimizer.
-        CheckpointError: on all ranks, if one of them cannot write, or its scheduler, say, cannot give its state;
-            whatever was at ``path`` is still there.
+        CheckpointError: on all ranks, if one of them cannot write, or its scheduler, say, cannot give its state, or
+            another save is writing ``path``; whatever was at ``path`` is still there.
     """
     chosen = choose_communicator(comm, optimizer)
     finish_pending(chosen)
@@ -88,8 +89,9 @@ def save(
     objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "sampler": sampler}
     target = _check(chosen, path, objects, background)
     manifest, pieces = _plan(chosen, objects, extra)
-    temporary = _make_temporary(chosen, target)
-    handle = SaveHandle(chosen, Writer(chosen.rank, chosen.size, temporary, target, manifest, pieces), background)
+    temporary, claim = _make_temporary(chosen, target)
+    writer = Writer(chosen.rank, chosen.size, temporary, target, manifest, pieces)
+    handle = SaveHandle(chosen, writer, claim, background)
     if not background:
         handle.wait()
     return handle
@@ -207,18 +209,24 @@ def _compare_tensors(comm: Communicator, tensors: Tensors, differing: set[str]) 
     differing.update(name for name, same in zip(tensors, equal, strict=True) if not same)
 
 
-def _make_temporary(comm: Communicator, target: str) -> str:
-    """The directory that all ranks write to, made by rank 0."""
-    temporary, error = "", None
-    if comm.rank == 0:
-        try:
-            temporary = make_temporary(target)
-        except (OSError, CheckpointError) as caught:
-            error = caught
-    raise_together(comm, error, "save(): new directory")
-    temporary = comm.exchange_objects(temporary, "save(): name of the directory")[0]
-    error = None
-    if not os.path.isdir(temporary):
-        error = CheckpointError(f"rank {comm.rank} does not see {temporary}; all ranks must share its file system")
-    raise_together(comm, error, "save(): common directory")
-    return temporary
+def _make_temporary(comm: Communicator, target: str) -> tuple[str, Claim | None]:
+    """The directory that all ranks write to, made by rank 0, which has the claim to ``target``."""
+    temporary, claim, error = "", None, None
+    try:
+        if comm.rank == 0:
+            try:
+                make_directories(os.path.dirname(target))
+                claim = Claim(target)
+                temporary = make_temporary(target)
+            except (OSError, CheckpointError) as caught:
+                error = caught
+        raise_together(comm, error, "save(): new directory")
+        temporary = comm.exchange_objects(temporary, "save(): name of the directory")[0]
+        if not os.path.isdir(temporary):
+            error = CheckpointError(f"rank {comm.rank} does not see {temporary}; all ranks must share its file system")
+        raise_together(comm, error, "save(): common directory")
+    except BaseException:
+        if claim is not None:
+            claim.release()
+        raise
+    return temporary, claim

@@ -15,6 +15,7 @@ import torch
 
 from heatopt._log import logger
 from heatopt.checkpoint._agreement import raise_together
+from heatopt.checkpoint._claim import Claim
 from heatopt.checkpoint._files import MANIFEST, discard, publish, read_text, write_file
 from heatopt.checkpoint._manifest import FileEntry, Manifest, render
 from heatopt.checkpoint._pieces import Piece
@@ -163,12 +164,17 @@ class SaveHandle:
     Args:
         comm: the ranks.
         writer: this rank's part.
+        claim: rank 0's to the path; released when nothing is going to be written any more.
         background: write in a thread.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them cannot copy its part to host memory.
     """
 
-    def __init__(self, comm: Communicator, writer: Writer, background: bool) -> None:
+    def __init__(self, comm: Communicator, writer: Writer, claim: Claim | None, background: bool) -> None:
         self._comm = comm
         self._writer = writer
+        self._claim = claim
         self._finished = False
         self._error: Exception | None = None
         self._write_error: Exception | None = None
@@ -176,7 +182,7 @@ class SaveHandle:
         self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
         if background:
-            writer.copy_to_host()
+            self._copy_to_host()
             # Not a daemon: a program that ends completes its checkpoint first.
             self._thread = threading.Thread(target=self._work, name="heatopt-save")
             self._process = os.getpid()
@@ -217,6 +223,27 @@ class SaveHandle:
             if self._comm.rank == 0:
                 self._writer.discard()
             raise
+        finally:
+            if self._thread is None:
+                self._release()
+
+    def _copy_to_host(self) -> None:
+        error = None
+        try:
+            self._writer.copy_to_host()
+        except Exception as caught:  # too little memory
+            error = caught
+        try:
+            raise_together(self._comm, error, "save(): copy to host memory")
+        except BaseException:
+            if self._comm.rank == 0:
+                self._writer.discard()
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
 
     def _agree(self, error: Exception | None) -> None:
         raise_together(self._comm, error, "save(): comparison of what was written")
@@ -262,6 +289,8 @@ class SaveHandle:
             self._error = error if isinstance(error, Exception) else CheckpointError(f"the thread ended: {error!r}")
             if self._comm.rank == 0:
                 self._writer.report_failure(self._error)
+        finally:
+            self._release()
 
     def _end_with_program(self) -> None:
         """At exit, after the thread: an error that nobody has waited for ends the job, as any other error does."""

@@ -144,13 +144,18 @@ def gather_states(
     tables: list[_Table] = comm.exchange_objects(mine, "gathering of sharded optimizer states")
     result: _Table = {}
     for chunk in _chunks(tables):
-        values = [state[parameters[index]][key] for index in chunk for key in _keys(mine, index)]
-        flat = torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *map(_as_bytes, values)])
-        lengths = [sum(map(_nbytes, (table.get(index, {}) for index in chunk))) for table in tables]
-        padded = flat.new_zeros(max(lengths))
-        padded[: flat.numel()] = flat
-        rows = comm.gather_rows(padded, "gathering of sharded optimizer states")
-        _unpack(chunk, tables, rows, parameters, result)
+        own = [_as_bytes(state[parameters[index]][key]) for index in chunk for key in _keys(mine, index)]
+        wholes = [_make_room(chunk, table, parameters, result) for table in tables]
+        longest = max(sum(flat.numel() for flat in flats) for flats in wholes)
+        # In rounds: of one large parameter, too, no rank has more at a time than its part, the whole and a round.
+        for start in range(0, longest, _CHUNK_BYTES):
+            sent = torch.zeros(min(_CHUNK_BYTES, longest - start), dtype=torch.uint8, device="cpu")
+            for place, flat in _window(sent, own, start):
+                place.copy_(flat)
+            rows = comm.gather_rows(sent, "gathering of sharded optimizer states")
+            for row, flats in zip(rows, wholes, strict=True):
+                for place, flat in _window(row, flats, start):
+                    flat.copy_(place)
     return result
 
 
@@ -179,7 +184,19 @@ def _nbytes(described: dict[str, Any]) -> int:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _window(
+    buffer: torch.Tensor, flats: Sequence[torch.Tensor], start: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Stretches of ``buffer``, each with its bytes of ``flats``, which lie end to end and fill it from ``start`` on."""
+    position = -start
+    for flat in flats:
+        low, high = max(position, 0), min(position + flat.numel(), buffer.numel())
+        if low < high:
+            yield buffer[low:high], flat[low - position : high - position]
+        position += flat.numel()
 
 
 def _chunks(tables: Sequence[_Table]) -> Iterator[list[int]]:
@@ -197,30 +214,25 @@ def _chunks(tables: Sequence[_Table]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _unpack(
-    chunk: list[int],
-    tables: Sequence[_Table],
-    rows: torch.Tensor,
-    parameters: Sequence[torch.Tensor],
-    result: _Table,
-) -> None:
-    """Put the states of ``chunk`` together. Numbers are those of the lowest rank that has a piece."""
-    for table, row in zip(tables, rows, strict=True):
-        offset = 0
-        for index in chunk:
-            for key, found in table.get(index, {}).items():
-                whole = result.setdefault(index, {})
-                if not isinstance(found, _Described):
-                    whole.setdefault(key, found)
-                    continue
-                value = row[offset : offset + found.nbytes].clone().view(found.dtype)
-                offset += found.nbytes
-                device = torch.device("cpu") if found.on_cpu else parameters[index].device
-                if not found.is_part:
-                    whole.setdefault(key, value.view(found.shape).to(device))
-                    continue
-                if key not in whole:
-                    whole[key] = torch.empty(parameters[index].shape, dtype=found.dtype, device=device)
-                whole[key].view(-1)[found.start : found.start + value.numel()] = value.to(device)
-            if index in table:
-                result.setdefault(index, {})
+def _make_room(
+    chunk: list[int], table: _Table, parameters: Sequence[torch.Tensor], result: _Table
+) -> list[torch.Tensor]:
+    """Where the bytes of one rank's states of ``chunk`` belong. Numbers are those of the lowest rank with a piece."""
+    flats = []
+    for index in chunk:
+        if index not in table:
+            continue
+        whole = result.setdefault(index, {})
+        device = parameters[index].device
+        for key, found in table[index].items():
+            if not isinstance(found, _Described):
+                whole.setdefault(key, found)
+                continue
+            room = whole.get(key) if found.is_part else None
+            if room is None:
+                shape = parameters[index].shape if found.is_part else found.shape
+                room = torch.empty(shape, dtype=found.dtype, device="cpu" if found.on_cpu else device)
+                whole.setdefault(key, room)
+            start = found.start * found.dtype.itemsize if found.is_part else 0
+            flats.append(_as_bytes(room)[start : start + found.nbytes])
+    return flats

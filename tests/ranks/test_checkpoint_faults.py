@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import heatopt
-from heatopt.checkpoint import _files, _writing
+from heatopt.checkpoint import _claim, _files, _writing
 from heatopt.comm import ThreadWorld
 from tests.ranks._training import adamw, assert_equal, batch, net, tensors_of, train, wrap
 from tests.support.launch import LAUNCH
@@ -113,7 +113,7 @@ class DeadRank(FaultyOS):
 @contextlib.contextmanager
 def installed(faulty: F) -> Iterator[F]:
     """Let the writer use it."""
-    modules: list[Any] = [_files, _writing]
+    modules: list[Any] = [_claim, _files, _writing]
     try:
         for module in modules:
             module.os = faulty
@@ -252,9 +252,9 @@ def test_all_is_on_the_disk_before_it_has_its_name(size: int, tmp_path: Path) ->
     # The ranks' files, the manifest and the directory; after the renames the directory that has the names.
     assert names[:first].count("fsync") == size + 2
     assert names[first:][:5] == ["rename", "rename", "open", "fsync", "close"]
-    for name, argument in counting.calls[:first]:
-        if name == "open":
-            assert ".tmp-" in str(argument)
+    opened = [str(argument) for name, argument in counting.calls[:first] if name == "open"]
+    assert opened.pop(0) == f"{path}.lock-heatopt"
+    assert all(".tmp-" in argument for argument in opened)
 
 
 def test_error_of_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
