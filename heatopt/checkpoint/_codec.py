@@ -145,7 +145,7 @@ def _encode_tensor(tensor: torch.Tensor, name: str, tensors: TensorTable) -> Any
             for kind, part in (("indices", tensor._indices()), ("values", tensor._values()))
         ]
         return {_SPARSE: [*parts, list(tensor.shape), tensor.is_coalesced()]}
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
         raise TypeError(f"{name} is a tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}: not supported")
     return {_TENSOR: tensors.add(name, tensor)}
 

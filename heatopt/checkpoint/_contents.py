@@ -10,7 +10,7 @@ import torch
 
 from heatopt.checkpoint._codec import TensorTable, dtype_name, encode
 from heatopt.comm import Communicator, world
-from heatopt.errors import CheckpointError
+from heatopt.errors import CheckpointError, HeatoptError
 from heatopt.sharding import States
 
 __all__ = [
@@ -107,10 +107,10 @@ def _state_of(name: str, thing: Any) -> Any:
     states = states_of(thing)
     if states is not None:
         return states.state_dict_in_parts()
-    if name == "optimizer":
-        return thing.state_dict()
     try:
         return thing.state_dict()
+    except HeatoptError:
+        raise  # of a wrapped optimizer, whose ranks have met: all of them raise it
     except Exception as error:
         raise CheckpointError(f"the {name} cannot give its state: {type(error).__name__}: {error}") from error
 
@@ -121,7 +121,7 @@ def encode_all(objects: Mapping[str, Any], extra: object, tensors: TensorTable) 
     Raises:
         TypeError: something that a checkpoint cannot hold.
         ValueError: the same, where it is a matter of the value.
-        CheckpointError: an object other than the optimizer cannot give its state.
+        CheckpointError: an object cannot give its state.
     """
     names = [name for name, thing in objects.items() if thing is not None]
     # The optimizer's first: ranks may meet for it, so that none may have failed before.

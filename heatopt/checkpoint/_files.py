@@ -39,6 +39,8 @@ def write_file(path: str, chunks: Iterable[Buffer]) -> None:
             while rest.nbytes:
                 rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error  # of a descriptor, the system names no file
     finally:
         os.close(descriptor)
 

@@ -80,14 +80,7 @@ def load(
     wanted = None if states is None else states.wanted_elements()
     contents = _together(chosen, lambda: _read(chosen, directory, manifest, given, wanted))
     _put_in_place(chosen, given, contents)
-    if manifest.ranks == chosen.size:
-        restore_generators(contents["random"])
-    else:
-        seed = reseed(contents["random"], chosen.rank, chosen.size)
-        logger.info(
-            "%s was saved by %d ranks and is loaded by %d: rank %d seeds its random generators with %d",
-            *(directory, manifest.ranks, chosen.size, chosen.rank, seed),
-        )
+    _together(chosen, lambda: _restore_random(chosen, directory, manifest, contents["random"]))
     return contents["extra"]
 
 
@@ -178,6 +171,23 @@ def _check_differences(directory: str, manifest: Manifest, comm: Communicator, g
             "%s: %s was not equal on the %d ranks that saved it; all ranks now load that of rank 0",
             *(directory, name, manifest.ranks),
         )
+
+
+def _restore_random(comm: Communicator, directory: str, manifest: Manifest, states: dict[str, Any]) -> None:
+    """Restore this rank's random generators, or seed them if these are of another number of ranks."""
+    try:
+        if manifest.ranks == comm.size:
+            restore_generators(states)
+            return
+        seed = reseed(states, comm.rank, comm.size)
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: the random generators refuse the state that was saved: {type(error).__name__}: {error}"
+        ) from error
+    logger.info(
+        "%s was saved by %d ranks and is loaded by %d: rank %d seeds its random generators with %d",
+        *(directory, manifest.ranks, comm.size, comm.rank, seed),
+    )
 
 
 def _put_in_place(comm: Communicator, given: Mapping[str, Any], contents: Mapping[str, Any]) -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PIECE_BYTES", "Extent", "Piece", "cut", "extent_of", "fingerprint", "pieces_of", "stored"]
+__all__ = [
+    "PIECE_BYTES",
+    "STORED_AS",
+    "Content",
+    "Extent",
+    "Piece",
+    "cut",
+    "extent_of",
+    "fingerprint",
+    "pieces_of",
+    "stored",
+]
 
 PIECE_BYTES = 4 * 2**20
 """No piece is larger. Who needs some of its elements reads all of it, for its hash: no more than this in vain."""
@@ -54,6 +65,32 @@ class Piece:
     def key(self) -> str:
         """Its name in a file."""
         return f"{self.name}:{self.start}"
+
+
+@dataclass(frozen=True)
+class Content:
+    """Neighbouring pieces, and the tensor that has them: the state's own, which is not copied before it is written."""
+
+    pieces: list[Piece]
+    tensor: torch.Tensor
+    first: int = 0
+    """The stored element of the whole with which ``tensor`` begins."""
+
+    def stored_dtype(self) -> torch.dtype:
+        """That of the elements in the file."""
+        return stored(torch.empty(1, dtype=self.tensor.dtype, device="cpu")).dtype
+
+    def elements(self) -> Iterator[tuple[Piece, torch.Tensor]]:
+        """Each piece with its stored elements; memory that they need is that of this tensor alone."""
+        flat = stored(self.tensor)
+        for piece in self.pieces:
+            yield piece, flat[piece.start - self.first : piece.stop - self.first]
+
+    def on_host(self) -> Content:
+        """A copy of the pieces, in host memory."""
+        start, stop = self.pieces[0].start, self.pieces[-1].stop
+        own = stored(self.tensor)[start - self.first : stop - self.first]
+        return Content(self.pieces, own.to("cpu", copy=True), start)
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from heatopt.checkpoint._files import write_file
-from heatopt.checkpoint._pieces import STORED_AS, Piece
+from heatopt.checkpoint._pieces import STORED_AS, Content, Piece
 from heatopt.errors import CheckpointError
 
 __all__ = ["RankFile", "Written", "file_name", "hash_of", "write_pieces"]
@@ -42,17 +43,19 @@ class Written:
     """Of each piece, by its name in the file."""
 
 
-def write_pieces(path: str, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Written:
-    """Write pieces, each with its stored elements, to a new file; one after the other passes through host memory."""
+def write_pieces(path: str, contents: Sequence[Content]) -> Written:
+    """Write pieces of tensors to a new file; one after the other passes through host memory."""
     # Wide elements first: readers map the file and need each element at a multiple of its size.
-    ordered = sorted(pieces, key=lambda pair: -pair[1].element_size())
+    ordered = sorted(contents, key=lambda content: -content.stored_dtype().itemsize)
     entries: dict[str, Any] = {}
     offset = 0
-    for piece, flat in ordered:
-        count = piece.stop - piece.start
-        end = offset + count * flat.element_size()
-        entries[piece.key] = {"dtype": STORED_AS[flat.dtype], "shape": [count], "data_offsets": [offset, end]}
-        offset = end
+    for content in ordered:
+        dtype = content.stored_dtype()
+        for piece in content.pieces:
+            count = piece.stop - piece.start
+            end = offset + count * dtype.itemsize
+            entries[piece.key] = {"dtype": STORED_AS[dtype], "shape": [count], "data_offsets": [offset, end]}
+            offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
@@ -60,7 +63,7 @@ def write_pieces(path: str, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Wri
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield header
-        for piece, flat in ordered:
+        for piece, flat in chain.from_iterable(content.elements() for content in ordered):
             data = flat.cpu().view(torch.uint8).numpy().data
             hashes[piece.key] = hash_of(data)
             yield data

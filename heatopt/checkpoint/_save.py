@@ -25,7 +25,7 @@ from heatopt.checkpoint._contents import (
 )
 from heatopt.checkpoint._files import make_directories, make_temporary
 from heatopt.checkpoint._manifest import Manifest, TensorEntry, rank_key
-from heatopt.checkpoint._pieces import Piece, cut, extent_of, fingerprint, pieces_of, stored
+from heatopt.checkpoint._pieces import Content, cut, extent_of, fingerprint, pieces_of
 from heatopt.checkpoint._random import generator_states
 from heatopt.checkpoint._rank_file import hash_of
 from heatopt.checkpoint._writing import SaveHandle, Writer, finish_pending
@@ -37,8 +37,6 @@ from heatopt.sync import Call, meet_for
 __all__ = ["save"]
 
 Tensors = dict[str, torch.Tensor]
-Content = tuple[Piece, torch.Tensor]
-"""A piece and its stored elements."""
 
 
 def save(
@@ -88,9 +86,9 @@ def save(
     meet_for(chosen, Call.SAVE)
     objects = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "sampler": sampler}
     target = _check(chosen, path, objects, background)
-    manifest, pieces = _plan(chosen, objects, extra)
+    manifest, contents = _plan(chosen, objects, extra)
     temporary, claim = _make_temporary(chosen, target)
-    writer = Writer(chosen.rank, chosen.size, temporary, target, manifest, pieces)
+    writer = Writer(chosen.rank, chosen.size, temporary, target, manifest, contents)
     handle = SaveHandle(chosen, writer, claim, background)
     if not background:
         handle.wait()
@@ -150,25 +148,24 @@ def _share_of(comm: Communicator, common: Tensors) -> Iterator[Content]:
     """This rank's even part of what all ranks have."""
     parts = cut([extent_of(name, tensor.dtype, tensor.numel()) for name, tensor in common.items()], comm.size)
     for name, pieces in groupby(parts[comm.rank], lambda piece: piece.name):
-        flat = stored(common[name])
-        yield from ((piece, flat[piece.start : piece.stop]) for piece in pieces)
+        yield Content(list(pieces), common[name])
 
 
 def _all_of(own: Tensors) -> Iterator[Content]:
     for name, tensor in own.items():
-        flat = stored(tensor)
-        pieces = pieces_of(extent_of(name, tensor.dtype, tensor.numel()), 0, flat.numel())
-        yield from ((piece, flat[piece.start : piece.stop]) for piece in pieces)
+        extent = extent_of(name, tensor.dtype, tensor.numel())
+        if extent.count:
+            yield Content(pieces_of(extent, 0, extent.count), tensor)
 
 
 def _pieces_of_parts(parts: Mapping[str, Part]) -> Iterator[Content]:
     """What this rank alone has of tensors that are held in parts."""
     for name, part in parts.items():
         for start, own in part.own:
-            flat = stored(own)
-            first = start * extent_of(name, part.dtype).count
-            pieces = pieces_of(extent_of(name, part.dtype, part.shape.numel()), first, first + flat.numel())
-            yield from ((piece, flat[piece.start - first : piece.stop - first]) for piece in pieces)
+            factor = extent_of(name, part.dtype).count
+            first, stop = start * factor, (start + own.numel()) * factor
+            if first < stop:
+                yield Content(pieces_of(extent_of(name, part.dtype, part.shape.numel()), first, stop), own, first)
 
 
 def _section(name: str) -> str:

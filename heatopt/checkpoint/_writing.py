@@ -11,14 +11,12 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import torch
-
 from heatopt._log import logger
 from heatopt.checkpoint._agreement import raise_together
 from heatopt.checkpoint._claim import Claim
 from heatopt.checkpoint._files import MANIFEST, discard, publish, read_text, write_file
 from heatopt.checkpoint._manifest import FileEntry, Manifest, render
-from heatopt.checkpoint._pieces import Piece
+from heatopt.checkpoint._pieces import Content
 from heatopt.checkpoint._rank_file import Written, file_name, write_pieces
 from heatopt.comm import Communicator
 from heatopt.errors import CheckpointError, CollectiveTimeoutError, RankFailedError
@@ -42,7 +40,7 @@ class Writer:
         temporary: the directory to write to.
         target: the name that it gets.
         manifest: what is in it; its files and pieces are filled in when they are known.
-        pieces: this rank's pieces, each with its stored elements.
+        contents: this rank's pieces of tensors.
     """
 
     def __init__(
@@ -52,23 +50,23 @@ class Writer:
         temporary: str,
         target: str,
         manifest: Manifest,
-        pieces: list[tuple[Piece, torch.Tensor]],
+        contents: list[Content],
     ) -> None:
         self.rank = rank
         self.size = size
         self._temporary = temporary
         self._target = target
         self._manifest = manifest
-        self._pieces = pieces
+        self._contents = contents
 
     def copy_to_host(self) -> None:
         """Become independent of the memory that training changes."""
-        self._pieces = [(piece, flat.to("cpu", copy=True)) for piece, flat in self._pieces]
+        self._contents = [content.on_host() for content in self._contents]
 
     def write(self) -> Written:
         """Write this rank's file."""
-        written = write_pieces(os.path.join(self._temporary, file_name(self.rank)), self._pieces)
-        self._pieces = []
+        written = write_pieces(os.path.join(self._temporary, file_name(self.rank)), self._contents)
+        self._contents = []
         return written
 
     def publish(self, reports: Sequence[Written]) -> None:

@@ -8,6 +8,7 @@ import math
 import random
 import struct
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import heatopt
+from heatopt.checkpoint._pieces import stored
 from heatopt.checkpoint._writing import Writer
 from heatopt.comm import ThreadWorld
 from tests.ranks._training import (
@@ -440,6 +442,31 @@ def test_large_tensors_have_several_pieces(ranks: Ranks, tmp_path: Path, monkeyp
     ranks(body)
 
 
+def test_no_copy_of_all(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors whose elements are in another order are copied as they are written, not all at once."""
+    copies: dict[int, list[weakref.ref[torch.Tensor]]] = {}
+    counts = []
+
+    def counting(tensor: torch.Tensor) -> torch.Tensor:
+        result = stored(tensor)
+        if not tensor.is_contiguous():
+            own = copies.setdefault(threading.get_ident(), [])
+            own.append(weakref.ref(result._base))  # the slices of `result` have it, too
+            counts.append(sum(copy() is not None for copy in own))
+        return result
+
+    monkeypatch.setattr("heatopt.checkpoint._pieces.stored", counting)
+
+    def body(comm: Communicator) -> None:
+        path = shared(comm, tmp_path)
+        tensors = [torch.full((9, 5), float(value)).t() for value in range(8)]
+        heatopt.save(path, extra=tensors, comm=comm)
+        assert 0 < max(counts) <= 2
+        assert_equal(heatopt.load(path, comm=comm), tensors)
+
+    ranks(body)
+
+
 def test_tied_parameters_are_written_once(ranks: Ranks, tmp_path: Path) -> None:
     def body(comm: Communicator) -> None:
         path = shared(comm, tmp_path)
@@ -608,8 +635,16 @@ def test_state_that_one_rank_cannot_give(ranks: Ranks, tmp_path: Path) -> None:
 
     def body(comm: Communicator) -> None:
         path = shared(comm, tmp_path)
+        is_last = comm.rank == comm.size - 1
         with pytest.raises(heatopt.CheckpointError, match="the scheduler cannot give its state: RuntimeError"):
-            heatopt.save(path, scheduler=Broken(comm.rank == comm.size - 1), comm=comm)
+            heatopt.save(path, scheduler=Broken(is_last), comm=comm)
+        optimizer = adamw(net())
+        optimizer.register_state_dict_post_hook(lambda *_: Broken(is_last).state_dict() or None)
+        with pytest.raises(heatopt.CheckpointError, match="the optimizer cannot give its state: RuntimeError"):
+            heatopt.save(path, optimizer=optimizer, comm=comm)
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        with pytest.raises(TypeError, match=r"extra/0 is a tensor of .*: not supported"):
+            heatopt.save(path, extra=[nested if is_last else None], comm=comm)
         heatopt.save(path, comm=comm)
 
     ranks(body)

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,7 +21,7 @@ from torch import nn
 
 import heatopt
 from heatopt.checkpoint import _claim, _files, _writing
-from heatopt.comm import ThreadWorld
+from heatopt.comm import SingleCommunicator, ThreadWorld
 from tests.ranks._training import adamw, assert_equal, batch, net, tensors_of, train, wrap
 from tests.support.launch import LAUNCH
 from tests.support.ranks import Ranks
@@ -262,23 +263,34 @@ def test_error_of_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, monkey
         path = comm.broadcast_object(tmp_path) / "checkpoint"
         heatopt.save(path, extra=1, comm=comm)
         last = f"rank-{comm.size - 1:05d}"
+        full: set[int] = set()
 
         class Full:
             def __getattr__(self, name: str) -> Any:
                 return getattr(os, name)
 
             def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+                descriptor = os.open(path, flags, mode)
                 if last in path:
-                    raise OSError(errno.ENOSPC, "No space left on device", path)
-                return os.open(path, flags, mode)
+                    full.add(descriptor)
+                return descriptor
+
+            def write(self, descriptor: int, data: Any) -> int:
+                if descriptor in full:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return os.write(descriptor, data)
+
+            def close(self, descriptor: int) -> None:
+                full.discard(descriptor)
+                os.close(descriptor)
 
         comm.barrier()
         monkeypatch.setattr(_files, "os", Full())
         comm.barrier()
-        with pytest.raises(heatopt.CheckpointError, match=rf"rank {comm.size - 1}: OSError: .*No space left"):
+        with pytest.raises(heatopt.CheckpointError, match=rf"rank {comm.size - 1}: OSError: .*No space left.*/{last}"):
             heatopt.save(path, extra=2, comm=comm)
         heatopt.save(path, extra=2, comm=comm, background=True)
-        with pytest.raises(heatopt.CheckpointError, match=rf"rank {comm.size - 1}: OSError: .*No space left"):
+        with pytest.raises(heatopt.CheckpointError, match=rf"rank {comm.size - 1}: OSError: .*No space left.*/{last}"):
             heatopt.save(path, extra=3, comm=comm)
         comm.barrier()
         monkeypatch.undo()
@@ -286,6 +298,99 @@ def test_error_of_one_rank_is_raised_on_all(ranks: Ranks, tmp_path: Path, monkey
         assert heatopt.load(path, comm=comm) == 1
         heatopt.save(path, extra=4, comm=comm)
         assert heatopt.load(path, comm=comm) == 4
+        comm.barrier()
+        assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint"]
+
+    ranks(body)
+
+
+@one_process
+def test_new_folders_are_on_the_disk(tmp_path: Path) -> None:
+    with installed(FaultyOS(10**9, False)) as counting:
+        save(tmp_path / "new" / "newer" / "checkpoint", 1, 1)
+    made = counting.calls[:8]
+    assert [name for name, _ in made] == ["mkdir", "open", "fsync", "close"] * 2
+    folders = [str(argument) for name, argument in made if name in ("mkdir", "open")]
+    assert folders == [str(tmp_path / end) for end in ("new", "", "new/newer", "new")]
+
+
+def test_two_saves_at_a_time(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two communicators, and with several processes of two of them: the second is refused, the first goes on."""
+    go_on = threading.Event()
+    publish = _writing.publish
+
+    def publish_late(temporary: str, path: str) -> None:
+        assert path.endswith("other") or go_on.wait(20)
+        publish(temporary, path)
+
+    def body(comm: Communicator) -> None:
+        path = comm.broadcast_object(tmp_path) / "checkpoint"
+        comm.barrier()
+        monkeypatch.setattr(_writing, "publish", publish_late)
+        handle = heatopt.save(path, extra=1, comm=comm, background=True)
+        alone = SingleCommunicator()
+        if comm.rank == comm.size - 1:
+            with pytest.raises(heatopt.CheckpointError, match=f"another save is writing {path}"):
+                heatopt.save(path, extra=2, comm=alone)
+            heatopt.save(path.with_name("other"), comm=alone)
+            assert len(list(path.parent.glob("checkpoint.*"))) == 2
+        comm.barrier()
+        go_on.set()
+        handle.wait()
+        assert heatopt.load(path, comm=comm) == 1
+        comm.barrier()
+        if comm.rank == comm.size - 1:
+            heatopt.save(path, extra=3, comm=alone)
+            assert sorted(entry.name for entry in path.parent.iterdir()) == ["checkpoint", "other"]
+        comm.barrier()
+        assert heatopt.load(path, comm=comm) == 3
+
+    ranks(body)
+
+
+@one_process
+def test_a_lock_of_the_dead_is_taken_over(tmp_path: Path) -> None:
+    """Also where a process that was forked by them still has the file open."""
+    path = tmp_path / "checkpoint"
+    Path(f"{path}.lock-heatopt").touch()
+    claim = _claim.Claim(str(path))
+    forked = os.dup(claim._descriptor or 0)
+    with pytest.raises(heatopt.CheckpointError, match="another save is writing"):
+        save(path, 2, 1)
+    claim.release()
+    claim.release()
+    save(path, 2, 2)
+    os.close(forked)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("what", "match"),
+    [
+        ("_writing.Writer.copy_to_host", "rank {}: MemoryError: too little"),
+        ("_load.restore_generators", "the random generators refuse .* MemoryError: too little"),
+    ],
+)
+def test_failure_of_one_rank(
+    ranks: Ranks, what: str, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks do not meet anyway."""
+    failing: list[object] = []
+
+    def fail(*_: object) -> None:
+        if threading.get_ident() in failing:
+            raise MemoryError("too little")
+
+    monkeypatch.setattr(f"heatopt.checkpoint.{what}", fail)
+
+    def body(comm: Communicator) -> None:
+        path = comm.broadcast_object(tmp_path) / "checkpoint"
+        heatopt.save(path, extra=1, comm=comm)
+        if comm.rank == comm.size - 1:
+            failing.append(threading.get_ident())
+        act = partial(heatopt.load if "_load" in what else partial(heatopt.save, background=True), path, comm=comm)
+        with pytest.raises(heatopt.CheckpointError, match=match.format(comm.size - 1)):
+            act()
         comm.barrier()
         assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint"]
 

@@ -101,6 +101,27 @@ def test_state_dict_is_plain(ranks: Ranks, case: Case, shard: str) -> None:
     ranks(body)
 
 
+def test_states_travel_in_rounds(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large a parameter is, what is under way at a time is not; rounds end anywhere, inside of numbers too."""
+    sent = []
+    gather = Communicator.gather_rows
+
+    def counting(comm: Communicator, flat: torch.Tensor, what: str) -> torch.Tensor:
+        sent.append(flat.nbytes)
+        return gather(comm, flat, what)
+
+    monkeypatch.setattr(Communicator, "gather_rows", counting)
+    monkeypatch.setattr("heatopt.sharding._gather._CHUNK_BYTES", 37)
+
+    def body(comm: Communicator) -> None:
+        _, expected = trained(comm, ADAMW, "none")
+        _, optimizer = trained(comm, ADAMW)
+        parity.assert_same_bits(optimizer.state_dict(), expected.state_dict(), "the state gathered in rounds")
+        assert comm.size == 1 or max(sent) == 37
+
+    ranks(body)
+
+
 @one_process
 @pytest.mark.parametrize("saved_at", [1, 2, 3, 4])
 @each_algorithm
