@@ -620,6 +620,7 @@ def test_what_is_nested_deeply_can_be_read_again(kind: type[Any], tmp_path: Path
         heatopt.save(tmp_path / "c", extra=kind([[deep]]), comm=comm)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_state_that_one_rank_cannot_give(ranks: Ranks, tmp_path: Path) -> None:
     class Broken:
         def __init__(self, is_broken: bool) -> None:
