@@ -65,4 +65,5 @@ class Claim:
             with contextlib.suppress(OSError):
                 # Closing alone does not do: a process that was forked meanwhile has the open file, too.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):
                 os.close(descriptor)
