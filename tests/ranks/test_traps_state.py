@@ -67,8 +67,8 @@ def test_t34_distributed_checkpoint_of_a_new_optimizer(ranks: Ranks) -> None:
 
 
 @ignore_torchs_own
-@pytest.mark.parametrize("shard", ["none", "state"])
-@pytest.mark.parametrize("name", ["AdamW", "Muon", "Adagrad", "SGD", "Rprop"])
+@pytest.mark.parametrize("shard", ["none", "state", "gradients"])
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "Adagrad", "SGD", "Rprop", "Adafactor"])
 def test_t34_distributed_checkpoint_is_torchs(ranks: Ranks, name: str, shard: str) -> None:
     """What torch's functions return and take is what they do with a plain optimizer, also where a rank has no state.
 
