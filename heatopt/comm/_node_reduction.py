@@ -4,28 +4,57 @@
 With several nodes the owner of a slice first sums it over its node; then the owners of the same slice on all nodes
 reduce it with each other, all slices at the same time over all network interfaces, each byte crossing once; then each
 owner hands the result to its neighbours. Sums are in rank order within a node, and of the nodes' sums in node order.
+
+[Note: Small buckets]
+What a small bucket costs is the meetings, so on a single node it makes do with one: each rank shows a copy of its
+values, and sums all copies by itself. There are two copies, used in turn, so that nobody overwrites what another rank
+still reads: a rank that shows its next but one copy has been to the meeting between, to which all came after reading.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from heatopt.comm._collectives import gather_flat, reduce_flat, reduce_scatter_parts
-from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice, sum_to
+from heatopt.comm._node_sum import slice_bounds, spread, sum_in_first, sum_slice, sum_small, sum_to
 from heatopt.comm._shared_memory import Lane, NodeMemory, SharedBlock
 from heatopt.comm._transport import Transport
 from heatopt.comm._work import Stage, Steps
 
 __all__ = ["BucketMemory", "NodeReduction", "Parts", "ReduceOptions", "Take"]
 
+# Up to so many bytes a meeting costs more than it does to sum everything on every rank.
+_SMALL_BYTES = 64 * 1024
+_LINE_BYTES = 64
+
 Take = Callable[[int, torch.Tensor], None]
 """Is given a rank and its memory, to be read before it returns."""
 
 Parts = Sequence[Sequence[torch.Tensor]]
 """By rank: what it owns of memory that the ranks of a node have in common; one dtype, at least one tensor in all."""
+
+
+class Copies:
+    """Of a small bucket, of each rank; see [Note: Small buckets].
+
+    Args:
+        block: has the memory, and that of two copies behind it.
+        dtype: type of the elements.
+        numel: elements of the bucket.
+    """
+
+    def __init__(self, block: SharedBlock, dtype: torch.dtype, numel: int) -> None:
+        stride = _stride(numel * dtype.itemsize)
+        self._sets = [list(map(_as_real, block.typed(dtype, numel, stride * (1 + turn)))) for turn in range(2)]
+
+    def next(self, numel: int) -> list[torch.Tensor]:
+        """The first ``numel`` elements of each rank's copy, of the set whose turn it is, as real numbers."""
+        self._sets.reverse()
+        found = self._sets[0]
+        return found if numel == found[0].numel() else [copy[:numel] for copy in found]
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,8 @@ class BucketMemory:
     """Which of them is this rank's."""
     shared: bool
     """True if the reduction goes through the node's memory (also on a node of one rank, if others have more)."""
+    copies: Copies | None = None
+    """Of a small bucket."""
 
     @property
     def own(self) -> torch.Tensor:
@@ -46,7 +77,7 @@ class BucketMemory:
 
     def first(self, numel: int) -> BucketMemory:
         """The first ``numel`` elements of each."""
-        return BucketMemory([segment[:numel] for segment in self.segments], self.position, self.shared)
+        return replace(self, segments=[segment[:numel] for segment in self.segments])
 
 
 @dataclass(frozen=True)
@@ -85,11 +116,19 @@ class NodeReduction:
 
     def allocate(self, numel: int, dtype: torch.dtype) -> BucketMemory | None:
         """Memory for a bucket; None on all ranks if any has not enough. Collective."""
-        block = self._node.allocate(numel * dtype.itemsize)
-        return None if block is None else BucketMemory(block.typed(dtype, numel), self._node.local_rank, True)
+        nbytes = numel * dtype.itemsize
+        small = self._across is None and nbytes <= _SMALL_BYTES
+        block = self._node.allocate(3 * _stride(nbytes) if small else nbytes)
+        if block is None:
+            return None
+        copies = Copies(block, dtype, numel) if small else None
+        return BucketMemory(block.typed(dtype, numel), self._node.local_rank, True, copies)
 
     def steps(self, memory: BucketMemory, options: ReduceOptions) -> Steps[None]:
         """Replace a bucket of all ranks by its mean. See [Note: Sums in shared memory]."""
+        if memory.copies is not None:
+            yield from self._small_steps(memory.own, memory.copies, options.divisor)
+            return
         yield self._node.arrive(Lane.LAUNCH)
         if self._node.local_rank < self._owners:
             segments = list(map(_as_real, memory.segments))
@@ -106,6 +145,13 @@ class NodeReduction:
                 spread(total, parts)
         yield Stage.FINISH
         yield self._node.arrive(Lane.FINISH, memory.own.nbytes)
+
+    def _small_steps(self, own: torch.Tensor, copies: Copies, divisor: float) -> Steps[None]:
+        own = _as_real(own)
+        shown = copies.next(own.numel())
+        shown[self._node.local_rank].copy_(own)
+        yield self._node.arrive(Lane.LAUNCH, own.nbytes)
+        sum_small(own, shown, divisor)
 
     def scatter_steps(self, memory: BucketMemory, bounds: Sequence[int], options: ReduceOptions) -> Steps[None]:
         """Replace elements ``bounds[r]:bounds[r + 1]`` of rank r's bucket by the mean of all ranks.
@@ -177,6 +223,11 @@ def _wire_dtype(memory: BucketMemory, options: ReduceOptions) -> torch.dtype | N
     """What a node's sums are rounded to: gradients that are as narrow as ``wire_dtype`` keep their range and digits."""
     wire, own = options.wire_dtype, memory.own.dtype
     return own if wire is not None and own.itemsize <= wire.itemsize else wire
+
+
+def _stride(nbytes: int) -> int:
+    """Bytes from one copy to the next: no two ranks write to one cache line."""
+    return -(-nbytes // _LINE_BYTES) * _LINE_BYTES
 
 
 def _as_real(segment: torch.Tensor) -> torch.Tensor:

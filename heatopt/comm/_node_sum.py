@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["slice_bounds", "spread", "sum_in_first", "sum_slice", "sum_to"]
+__all__ = ["slice_bounds", "spread", "sum_in_first", "sum_slice", "sum_small", "sum_to"]
 
 # Elements of a block: what is summed, divided and copied while it is in cache.
 _BLOCK_BYTES = 256 * 1024
@@ -59,6 +59,21 @@ def sum_to(target: torch.Tensor, parts: list[torch.Tensor], divisor: float) -> N
         for block in blocks[2:]:
             total.add_(block)
         place.copy_(total.div_(divisor) if divisor != 1 else total)
+
+
+def sum_small(target: torch.Tensor, parts: list[torch.Tensor], divisor: float) -> None:
+    """The same for what is in cache as a whole, and no part of ``target``: fewer operations."""
+    if target.dtype in _HALF:
+        total = parts[0].float()
+        for part in parts[1:]:
+            total.add_(part)
+        target.copy_(total.div_(divisor))
+        return
+    total = torch.add(parts[0], parts[1], out=target)
+    for part in parts[2:]:
+        total.add_(part)
+    if divisor != 1:
+        total.div_(divisor)
 
 
 def sum_in_first(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -55,9 +55,9 @@ class SharedBlock:
         """Bytes of each rank of the node, in the order of their ranks. They keep the memory alive."""
         self._memory = memory
 
-    def typed(self, dtype: torch.dtype, numel: int) -> list[torch.Tensor]:
-        """The segments as tensors of ``numel`` elements."""
-        return [segment[: numel * dtype.itemsize].view(dtype) for segment in self.segments]
+    def typed(self, dtype: torch.dtype, numel: int, offset: int = 0) -> list[torch.Tensor]:
+        """``numel`` elements of each segment, from its byte ``offset`` on."""
+        return [segment[offset : offset + numel * dtype.itemsize].view(dtype) for segment in self.segments]
 
     def tensor(self, dtype: torch.dtype, numel: int, offset: int) -> torch.Tensor:
         """``numel`` elements, at least one, from byte ``offset`` of the whole block, whatever segments they are in.

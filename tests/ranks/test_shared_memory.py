@@ -62,6 +62,35 @@ def test_one_node_sums_in_rank_order(ranks, dtype, blocking):
     ranks(body)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_small_buckets_keep_what_others_still_read(ranks, dtype):
+    """A rank that is done may write its next values, and show them, while another one has yet to sum the last ones."""
+    numels = (1, 5, 4099, 65_536 // dtype.itemsize)
+
+    def body(comm):
+        group = comm.duplicate()
+        memories = [group.allocate(numel, dtype, torch.device("cpu")) for numel in numels]
+        assert all((memory.copies is not None) is memory.shared for memory in memories)
+        assert group.allocate(numels[-1] + 1, dtype, torch.device("cpu")).copies is None
+        memories[1] = memories[1].first(3)
+        for turn in range(9):
+            for memory in memories:
+                memory.own.copy_(values(comm.rank + 10 * turn, memory.own.numel(), dtype))
+            options = ReduceOptions(comm.size, turn % 3 == 2)
+            works = [group.reduce_bucket(memory, options, "a test") for memory in memories]
+            if comm.rank == turn % comm.size:
+                time.sleep(0.01)
+            for work in works:
+                if work is not None:
+                    work.wait()
+            for memory in memories:
+                parts = [values(rank + 10 * turn, memory.own.numel(), dtype) for rank in range(comm.size)]
+                assert torch.equal(memory.own, in_rank_order(parts, comm.size))
+                memory.own.fill_(7)  # it is this rank's alone again
+
+    ranks(body, min_size=2, shared_memory=True)
+
+
 @one_process
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])

@@ -88,14 +88,17 @@ def test_buckets_cross_the_network_once_and_slices_share_the_link(nodes: int, sl
     assert sum(p.sent for p in slices) / nodes == pytest.approx(2 * (nodes - 1) / nodes * numel * 4, rel=0.02)
 
 
-def test_memory_of_a_node_takes_time() -> None:
+@pytest.mark.parametrize(("numel", "lane"), [(4096, "LAUNCH"), (65_536, "FINISH")])
+def test_memory_of_a_node_takes_time(numel: int, lane: str) -> None:
+    """Of a small bucket, which meets once, and of a larger one, at its second meeting."""
     network = VirtualNetwork(latency=0.0, bandwidth=math.inf, node_latency=0.5, node_bandwidth=1e6)
     world = SimulatedWorld(4, network, ranks_per_node=4)
-    world.run(lambda comm: train_exactly(comm, 4096))
-    finish = [p for p in world.trace if p.channel.endswith("FINISH")]
-    assert finish
+    world.run(lambda comm: train_exactly(comm, numel))
+    met = [p for p in world.trace if p.channel.endswith(("LAUNCH", "FINISH"))]
+    finish = [p for p in met if p.channel.endswith(lane)]
+    assert len(finish) == len(met) / (1 if lane == "LAUNCH" else 2)
     nbytes = 1e6 * (duration(finish[:1]) - 2 * 0.5) / (2 * 4)
-    assert 4 * 4096 <= nbytes <= 4 * 4096 + 256  # the weights, and presence flags
+    assert 4 * numel <= nbytes <= 4 * numel + 256  # the weights, and presence flags
 
 
 # Overlap
