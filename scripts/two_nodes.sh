@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a program under mpirun over several "nodes" of one machine: network namespaces that meet at a bridge.
+# Run a program under mpirun over several "nodes" of one machine: network namespaces with a cable between them.
 set -u
 
 usage() {
@@ -12,7 +12,7 @@ usage: two_nodes.sh [-n NODES] [-s SLOTS_PER_NODE] [-r RATE] [-m "MPIRUN OPTIONS
   -m  further options of mpirun, in one word
 
 Every node has a host name, a network and (for Open MPI) a daemon of its own, so ranks of different nodes share no
-memory and talk through TCP over the interface eth0. Needs Linux, root, iproute2 (ip, tc), and Open MPI 5.
+memory and talk through TCP over the interface eth0: a cable between two nodes, a bridge among more. Needs Linux, root, iproute2 (ip, tc), and Open MPI 5.
 Everything is removed at the end, also after a failure or a signal.
 TEXT
 }
@@ -78,10 +78,25 @@ shape() { # namespace, interface
     [ "$rate" = none ] || ip netns exec "$1" tc qdisc add dev "$2" root tbf rate "$rate" burst 256kb latency 50ms
 }
 
-build() {
-    local index name
+# Two nodes have a cable between them. More meet at a bridge, whose forwarding takes time of the same cores.
+connect() {
+    local index
+    if [ "$nodes" = 2 ]; then
+        ip -n "$(node_name 0)" link add eth0 type veth peer name eth0 netns "$(node_name 1)"
+        return
+    fi
     ip netns add "$label-bridge" && ip -n "$label-bridge" link add br0 type bridge || return
     ip -n "$label-bridge" link set br0 up || return
+    for ((index = 0; index < nodes; index++)); do
+        ip -n "$(node_name "$index")" link add eth0 type veth peer name "port$index" netns "$label-bridge" || return
+        ip -n "$label-bridge" link set "port$index" master br0 up || return
+        # What a node receives from all others together.
+        shape "$label-bridge" "port$index" || return
+    done
+}
+
+build() {
+    local index name
     for ((index = 0; index < nodes; index++)); do
         echo "$(address "$index") $(node_name "$index")" >>"$folder/hosts"
     done
@@ -90,11 +105,12 @@ build() {
         # `ip netns exec` shows this file to its program as /etc/hosts.
         mkdir -p "/etc/netns/$name" && { echo "127.0.0.1 localhost" && cat "$folder/hosts"; } >"/etc/netns/$name/hosts"
         ip netns add "$name" && ip -n "$name" link set lo up || return
-        ip -n "$name" link add eth0 type veth peer name "port$index" netns "$label-bridge" || return
-        ip -n "$label-bridge" link set "port$index" master br0 up || return
+    done
+    connect || return
+    for ((index = 0; index < nodes; index++)); do
+        name=$(node_name "$index")
         ip -n "$name" addr add "$(address "$index")/24" dev eth0 && ip -n "$name" link set eth0 up || return
-        # What a node sends, and what it receives from all others together.
-        shape "$name" eth0 && shape "$label-bridge" "port$index" || return
+        shape "$name" eth0 || return
     done
 }
 build || fail "cannot make the network (in a container: is CAP_SYS_ADMIN granted?)"
