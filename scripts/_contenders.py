@@ -146,6 +146,7 @@ CONTENDERS: dict[str, Callable[[Communicator, Workload, nn.Module], Contender]] 
     FLOOR: _plain,
     MEETING: _meeting,
     "heatopt": _heatopt,
+    "heatopt fuse=True": partial(_heatopt, fuse=True),
     'heatopt shard="state"': partial(_heatopt, shard="state"),
     'heatopt shard="gradients"': partial(_heatopt, shard="gradients"),
     'heatopt shard="state", shared parameters': partial(_heatopt, shard="state", parameters_per_node="shared"),

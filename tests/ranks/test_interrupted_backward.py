@@ -290,6 +290,7 @@ def test_broken_after_the_first_launch_on_one_rank(then: str) -> None:
         pytest.param(ThreadCommunicator, "_begin_wait", 1, 8, False, id="header"),
         pytest.param(ThreadCommunicator, "_begin_wait", 2, 8, False, id="blocking"),
         pytest.param(ThreadCommunicator, "_begin_wait", 2, TINY, True, id="non-blocking"),
+        pytest.param(_node_reduction, "sum_small", 1, 8, True, id="sum of a small bucket"),
         pytest.param(_node_reduction, "sum_slice", 1, 8, True, id="sum"),
         pytest.param(Bucket, "reveal", 1, 8, True, id="result"),
     ],
@@ -325,6 +326,8 @@ def test_signal_while_ranks_are_together(
             raise
 
     monkeypatch.setattr(owner, name, interrupted)
+    if name != "sum_small":
+        monkeypatch.setattr(_node_reduction, "_SMALL_BYTES", -1)
     with pytest.raises(heatopt.HeatoptError, match=r"rank 1 was interrupted in .*backward"):
         ThreadWorld(3, timeout=10, shared_memory=shared_memory).run(body)
     assert "rank 1" in str(seen[0])
