@@ -10,7 +10,6 @@ from operator import attrgetter, is_
 import torch
 
 from heatopt.buckets._layout import BucketPlan, gradient_dtype
-from heatopt.buckets._preset import Preset, worth_presetting
 
 __all__ = [
     "SMALL_BYTES",
@@ -119,8 +118,6 @@ class Bucket(GradientBucket):
         self._shown: list[bool] = [False] * len(plan.slots)  # the last reduction left a gradient
         self._versions: list[int] | None = None  # of the views, when an update had consumed them
         self._adoptable = [slot.numel * plan.dtype.itemsize >= SMALL_BYTES for slot in plan.slots]
-        self._may_preset = worth_presetting(plan)
-        self._preset: Preset | None = None
         # How often each view is referred to while nobody but the bucket does, counted in either of two ways.
         self._references = list(map(sys.getrefcount, self._views))
         self._own_references = list(map(self._count_references, range(len(plan.slots))))
@@ -176,35 +173,6 @@ class Bucket(GradientBucket):
         self.parameters[position].grad = view
         self.changed = True
 
-    def preset(self, running: object) -> None:
-        """Let the backward pass that has just made the first gradient add all others straight into the memory.
-
-        See [Note: Preset gradients]; :meth:`release` ends it, or the pass's end by an exception.
-
-        Args:
-            running: dies with the pass.
-        """
-        if not self._may_preset or not all(self._shown) or self.is_aliased():
-            return
-        there = [k for k, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        if len(there) != 1 or list(map(_address, self._views)) != self._addresses:
-            return  # they accumulate, or somebody has exchanged a view's storage
-        first = there[0]
-        own = self.parameters[first].grad
-        if own is not None and own is not self._views[first] and self.fits(own) and not own.requires_grad:
-            self.memory[: self.plan.flags_offset].zero_()
-            self._preset = Preset.make(self.parameters, self._views, first, running)
-
-    def release(self) -> bool:
-        """Take away the preset gradients to which nothing was added; False if there were none."""
-        if self._preset is None:
-            return False
-        if self._preset.move_out_kept():
-            self._may_preset = False  # it would be done in each step
-        self._preset.release()
-        self._preset = None
-        return True
-
     def consume(self) -> None:
         """An update has used the gradients: what is written into them from now on is new."""
         self._versions = list(map(_VERSION, self._views))
@@ -218,7 +186,6 @@ class Bucket(GradientBucket):
             detach: the parameters have no gradients until :meth:`reveal`: backward goes on, and nothing may accumulate
                 into memory that is on the wire.
         """
-        self.release()
         gradients = list(map(_GRADIENT, self.parameters))
         if list(map(_address, self._views)) != self._addresses:
             # Someone exchanged a view's storage (`grad.data = ...`, module conversion): make it anew.

@@ -302,10 +302,10 @@ class GradientSync(Gradients):
         self._full = False
         self._backward_alive = when_backward_ends(_end_of_backward, weakref.ref(self))
         # With one bucket for all nothing can be launched before the end, where it is seen what has come.
-        self.quiet = self._backward_alive if synchronised and self._plan.has_one_bucket() else _nothing
-        if self.quiet is not _nothing:
+        quiet = synchronised and self._plan.has_one_bucket()
+        self.quiet = self._backward_alive if quiet else _nothing
+        if quiet:
             self._waiting_for = [{-1}]
-            self._plan.preset(self._backward_alive())
         elif synchronised:
             self._waiting_for = self._plan.expected()
 
@@ -367,7 +367,7 @@ class GradientSync(Gradients):
             )
             raise HeatoptError(self._broken)
         self._state = _State.IDLE
-        self._plan.note_interruption()
+        self._plan.mark_all_changed()
 
     # Small parts
 

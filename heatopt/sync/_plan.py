@@ -80,7 +80,6 @@ class GradientPlan:
         self._cleared = ClearedGradients(residuals)
         self._outside: list[int] = []
         self._through_node = False  # reductions use the memory of the node where buckets are in it
-        self._may_preset = settings.compression is None
         self.list_parameters()
         self._cleared.watch(self.parameters)  # a copy may have been made between a reduction and the update
 
@@ -260,11 +259,6 @@ class GradientPlan:
         self.weights.note_backward()
         self.residuals.roll_back_cleared(self.parameters)
 
-    def note_interruption(self) -> None:
-        """An exception has ended a backward pass."""
-        self.release()
-        self.mark_all_changed()
-
     def note_reduction(self, total: float) -> None:
         """A reduction has brought all gradients to the mean over samples of weight ``total``."""
         self.weights.note_reduction(total)
@@ -282,24 +276,9 @@ class GradientPlan:
         outside = [*self._outside, *self.sparse]
         return len(self.buckets) == 1 and not any(self.parameters[index].requires_grad for index in outside)
 
-    def preset(self, running: object) -> None:
-        """Let the rest of the ``running`` backward pass add to what lies in the only bucket: O(parameters)."""
-        bucket = self.buckets[0]
-        if self._may_preset and isinstance(bucket, Bucket):
-            bucket.preset(running)
-
-    def release(self) -> bool:
-        """No more gradients are coming; False if none were preset."""
-        return any([isinstance(bucket, Bucket) and bucket.release() for bucket in self.buckets])
-
     def kept_mask(self) -> int:
         """Ask for new memory if somebody keeps gradients of an earlier step: O(parameters)."""
-        preset = self.release()
-        if not any(bucket.is_aliased() for bucket in self.buckets):
-            return 0
-        # A hook that keeps each gradient as it comes would have new memory made in every step.
-        self._may_preset = self._may_preset and not preset
-        return REPLAN
+        return REPLAN if any(bucket.is_aliased() for bucket in self.buckets) else 0
 
     def clear(self, set_to_none: bool) -> None:
         """The parameters' gradients are about to be cleared. Local."""
@@ -327,7 +306,6 @@ class GradientPlan:
 
     def pending_mask(self) -> int:
         """The same, and what was set by hand: O(parameters)."""
-        self.release()
         for bucket in self.buckets:
             if bucket.has_foreign_gradients():
                 bucket.changed = True
