@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a program under mpirun over several "nodes" of one machine: network namespaces with a cable between them.
+# Run a program under mpirun over several "nodes" of one machine: network namespaces.
 set -u
 
 usage() {
@@ -12,8 +12,9 @@ usage: two_nodes.sh [-n NODES] [-s SLOTS_PER_NODE] [-r RATE] [-m "MPIRUN OPTIONS
   -m  further options of mpirun, in one word
 
 Every node has a host name, a network and (for Open MPI) a daemon of its own, so ranks of different nodes share no
-memory and talk through TCP over the interface eth0: a cable between two nodes, a bridge among more. Needs Linux, root, iproute2 (ip, tc), and Open MPI 5.
-Everything is removed at the end, also after a failure or a signal.
+memory and talk through TCP over the interface eth0: a cable between two nodes, a bridge among more. Needs Linux, root,
+iproute2 (ip, tc), and Open MPI 5. Everything is removed at the end, also after a
+failure or a signal.
 TEXT
 }
 

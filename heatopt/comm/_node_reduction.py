@@ -28,6 +28,7 @@ __all__ = ["BucketMemory", "NodeReduction", "Parts", "ReduceOptions", "Take"]
 
 # Up to so many bytes a meeting costs more than it does to sum everything on every rank.
 _SMALL_BYTES = 64 * 1024
+_COPIES_IN_TURN = 2
 _LINE_BYTES = 64
 
 Take = Callable[[int, torch.Tensor], None]
@@ -38,17 +39,24 @@ Parts = Sequence[Sequence[torch.Tensor]]
 
 
 class Copies:
-    """Of a small bucket, of each rank; see [Note: Small buckets].
+    """What the ranks show each other of a small bucket; see [Note: Small buckets].
 
     Args:
-        block: has the memory, and that of two copies behind it.
+        block: has the bucket's memory, and behind it that of the copies: :meth:`nbytes` for each rank.
         dtype: type of the elements.
         numel: elements of the bucket.
     """
 
     def __init__(self, block: SharedBlock, dtype: torch.dtype, numel: int) -> None:
         stride = _stride(numel * dtype.itemsize)
-        self._sets = [list(map(_as_real, block.typed(dtype, numel, stride * (1 + turn)))) for turn in range(2)]
+        self._sets = [
+            list(map(_as_real, block.typed(dtype, numel, stride * (1 + turn)))) for turn in range(_COPIES_IN_TURN)
+        ]
+
+    @staticmethod
+    def nbytes(bucket_bytes: int) -> int:
+        """Memory of a bucket of so many bytes, with its copies."""
+        return (1 + _COPIES_IN_TURN) * _stride(bucket_bytes)
 
     def next(self, numel: int) -> list[torch.Tensor]:
         """The first ``numel`` elements of each rank's copy, of the set whose turn it is, as real numbers."""
@@ -68,7 +76,7 @@ class BucketMemory:
     shared: bool
     """True if the reduction goes through the node's memory (also on a node of one rank, if others have more)."""
     copies: Copies | None = None
-    """Of a small bucket."""
+    """What is shown of a small bucket; None for others."""
 
     @property
     def own(self) -> torch.Tensor:
@@ -118,7 +126,7 @@ class NodeReduction:
         """Memory for a bucket; None on all ranks if any has not enough. Collective."""
         nbytes = numel * dtype.itemsize
         small = self._across is None and nbytes <= _SMALL_BYTES
-        block = self._node.allocate(3 * _stride(nbytes) if small else nbytes)
+        block = self._node.allocate(Copies.nbytes(nbytes) if small else nbytes)
         if block is None:
             return None
         copies = Copies(block, dtype, numel) if small else None

@@ -64,10 +64,7 @@ def sum_to(target: torch.Tensor, parts: list[torch.Tensor], divisor: float) -> N
 def sum_small(target: torch.Tensor, parts: list[torch.Tensor], divisor: float) -> None:
     """The same for what is in cache as a whole, and no part of ``target``: fewer operations."""
     if target.dtype in _HALF:
-        total = parts[0].float()
-        for part in parts[1:]:
-            total.add_(part)
-        target.copy_(total.div_(divisor))
+        target.copy_(sum_in_first(parts).div_(divisor))
         return
     total = torch.add(parts[0], parts[1], out=target)
     for part in parts[2:]:

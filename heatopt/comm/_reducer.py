@@ -64,7 +64,7 @@ class BucketReducer:
             self._has_warned = True
             logger.warning(
                 "no memory to share for a bucket of %d bytes: it travels through the backend instead, as may others; "
-                "memory or file descriptors (ulimit -n; one for each bucket) are used up",
+                "the memory, or what a process may map or open (vm.max_map_count, ulimit -n), is used up",
                 nbytes,
             )
 
